@@ -1,0 +1,36 @@
+# Every target sets itself up first: a virtual environment in .venv, once.
+
+PYTHON ?= python3
+RUN := .venv/bin/python
+TRAIN := $(RUN) train.py --dataset mnist --fallback digits
+
+help:  ## list the targets (the default)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' Makefile
+
+setup: .venv/ready  ## create .venv with the packages of requirements.txt
+
+.venv/ready: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or later is needed; name one with: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(RUN) -m pip install -q -r requirements.txt
+	@touch $@
+
+train-mnist: .venv/ready  ## the MLP VAE on MNIST, 10 epochs, with figures
+	$(TRAIN) --model mlp
+
+train-mnist-2d: .venv/ready  ## the same with two latents: scatter and manifold
+	$(TRAIN) --model mlp --latent-dim 2
+
+train-conv: .venv/ready  ## the convolutional VAE on MNIST, 10 epochs
+	$(TRAIN) --model conv
+
+ae: .venv/ready  ## an autoencoder beside a VAE: what sampling needs
+	$(RUN) ae.py --dataset mnist --fallback digits
+
+test: .venv/ready  ## the tests: on the CPU, offline, under two minutes
+	$(RUN) -m pytest -q tests
+
+clean:  ## remove .venv and caches; keeps data/ and runs/
+	rm -rf .venv .pytest_cache .hypothesis __pycache__ tests/__pycache__
+
+.PHONY: help setup train-mnist train-mnist-2d train-conv ae test clean

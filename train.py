@@ -1,0 +1,389 @@
+"""Train an autoencoder or a VAE from the command line (chapter 2.5).
+
+    python train.py                               the MLP VAE on MNIST, 10 epochs
+    python train.py --model conv --beta 4         a convolutional beta-VAE
+    python train.py --latent-dim 2                two latents, to draw as a map
+    python train.py --dataset digits              no download: digits drawn here
+    python train.py --out runs/long --epochs 50 --resume      begin it, or go on with it
+
+A run is a folder: config.json (what was asked), history.csv (a row an epoch, nats per
+image), checkpoint.pt (the model), and the figures, which viz.py draws.
+"""
+
+import argparse
+import csv
+import io
+import itertools
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import torch.nn as nn
+
+from ae import Autoencoder
+from data import DATASETS, PROJECT_DATA, Batches, DataUnavailable, Split, UserError
+from data import load_dataset, write_atomically
+from vae import VAE, ConvVAE
+
+MODELS = {"ae": Autoencoder, "mlp": VAE, "conv": ConvVAE}
+
+# What decides a run's numbers; --resume insists that none of it has changed.
+SETTINGS = ("model", "dataset", "latent_dim", "beta", "batch_size", "lr", "seed")
+
+
+# ----------------------------------------------------------------------- the loop
+
+
+def train_epoch(
+    model: nn.Module,
+    train_loader: Iterable,
+    optimizer: torch.optim.Optimizer,
+    device: torch.device | str,
+    beta: float = 1.0,
+) -> tuple[float, float, float]:
+    """One pass over the data, one optimizer step a batch.
+
+    train_loader: any iterable of (images, labels), images float in [0, 1]. Returns the
+    mean (loss, recon, kl) per image, in nats, every batch measured before its step.
+    """
+    model.train()
+    sums, count = torch.zeros(3, dtype=torch.float64, device=device), 0
+    for images, labels in train_loader:
+        images, labels = images.to(device), labels.to(device)
+        total, recon, kl = model.loss(images, labels, beta)
+        optimizer.zero_grad()
+        # The mean over the batch of the sum over pixels and latents. A mean over the
+        # pixels too would shrink recon, but not the KL: as if beta were 784.
+        (total / len(images)).backward()
+        optimizer.step()
+        # Summed on the device: an .item() here would make a GPU wait in every step.
+        sums += torch.stack([total, recon, kl]).detach()
+        count += len(images)
+    return tuple((sums / count).tolist())
+
+
+@torch.no_grad()
+def test_epoch(
+    model: nn.Module, test_loader: Iterable, device: torch.device | str, beta: float = 1.0
+) -> tuple[float, float, float]:
+    """The mean (loss, recon, kl) per image, in nats, in evaluation mode, no step taken."""
+    model.eval()
+    sums, count = torch.zeros(3, dtype=torch.float64, device=device), 0
+    for images, labels in test_loader:
+        images, labels = images.to(device), labels.to(device)
+        sums += torch.stack(model.loss(images, labels, beta))
+        count += len(images)
+    return tuple((sums / count).tolist())
+
+
+def progress(batches: Batches, epoch: int, epochs: int) -> Iterator:
+    """Yield the batches; on a terminal, keep one line of throughput and time left."""
+    if not sys.stdout.isatty():
+        yield from batches
+        return
+    start = shown = time.monotonic()
+    images = 0
+    for step, batch in enumerate(batches, start=1):
+        yield batch
+        images += len(batch[0])
+        now = time.monotonic()
+        if now - shown > 0.2:
+            shown, steps_left = now, len(batches) * (epochs - epoch + 1) - step
+            line = (
+                f"epoch {epoch}/{epochs}  {100 * step // len(batches):3d} %  "
+                f"{images / (now - start):,.0f} images/s  "
+                f"{(now - start) / step * steps_left:.0f} s left"
+            )
+            print(f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+    print("\r\033[K", end="")
+
+
+# ------------------------------------------------------------------- runs on disk
+
+
+def build_model(name: str, latent_dim: int | None = None) -> nn.Module:
+    """The model of that name; latent_dim=None keeps the architecture's own."""
+    return MODELS[name]() if latent_dim is None else MODELS[name](latent_dim=latent_dim)
+
+
+def open_run(out: str | None, resume: bool, name: str) -> Path:
+    """Make the folder of a run: out, or a new one in runs/. Never another run's."""
+    if out is not None:
+        folder = Path(out)
+        if (folder / "config.json").exists() and not resume:
+            raise UserError(
+                f"--out {folder}: holds a run already; add --resume to go on with it, "
+                "or name another folder"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+    for number in itertools.count(1):
+        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+
+
+def save_run(
+    folder: Path,
+    config: dict,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    history: list[dict],
+) -> None:
+    """Write checkpoint.pt, then history.csv, each whole or not at all."""
+    checkpoint = {
+        "config": config,
+        "history": history,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    with write_atomically(folder / "checkpoint.pt") as file:
+        torch.save(checkpoint, file)
+    table = io.StringIO()
+    writer = csv.DictWriter(table, history[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(history)
+    with write_atomically(folder / "history.csv") as file:
+        file.write(table.getvalue().encode())
+
+
+def load_run(folder: str | Path) -> tuple[nn.Module, dict]:
+    """A run's model, on the CPU, and its checkpoint: config, history, model, optimizer.
+
+    Raises UserError if a file is missing or damaged, or if they are not of one run.
+    """
+    config_path, path = Path(folder) / "config.json", Path(folder) / "checkpoint.pt"
+    for file in (config_path, path):
+        if not file.is_file():
+            raise UserError(f"{file} is missing: {folder} holds no trained run")
+    try:
+        config = json.loads(config_path.read_bytes())
+        config = {key: config[key] for key in SETTINGS}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{config_path}: is not the config.json of a run ({error!r})") from error
+    try:
+        # weights_only: a checkpoint from elsewhere must not be able to run code.
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        check_settings(path, checkpoint["config"], config)
+        model = build_model(config["model"], config["latent_dim"])
+        model.load_state_dict(checkpoint["model"])
+    except (UserError, OSError):
+        raise
+    except Exception as error:  # torch has many kinds for the many ways to be broken
+        reason = " ".join(str(error).split())[:80]
+        raise UserError(f"{path}: is not a checkpoint that can be read ({reason} ...)") from error
+    return model, checkpoint
+
+
+def check_settings(path: Path, found: dict, expected: dict) -> None:
+    """Raise UserError at the first setting in which the run at path is another."""
+    for key in SETTINGS:
+        if found[key] != expected[key]:
+            raise UserError(f"{path}: is of a run with {key} {found[key]}, not {expected[key]}")
+
+
+# --------------------------------------------------------------- the command line
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; {self.prog} --help explains the options")
+
+
+def run_cli(main: Callable[[], object]) -> NoReturn:
+    """Run a script: a user's error becomes one line on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    else:
+        sys.exit(0)
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def number(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
+    """An argparse type: a number from low to high, so neither inf nor nan."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+        return value
+
+    parse.__name__ = kind.__name__  # for argparse's own message: "invalid int value"
+    return parse
+
+
+def parse_args(argv: list[str] | None, description: str = __doc__) -> argparse.Namespace:
+    """The options of a training run, checked; UserError for a bad one."""
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("model and loss").add_argument
+    add("--model", choices=MODELS, default="mlp",
+        help="ae: the autoencoder; mlp: the fully connected VAE; conv: the convolutional "
+        "VAE (default: mlp)")
+    add("--latent-dim", type=number(int, 1, 2**16), metavar="N",
+        help="size of the code z (default: 20, conv 128)")
+    add("--beta", type=number(float, 0), default=1.0, metavar="B",
+        help="weight of the KL in the loss: 1 is the VAE, more a beta-VAE (default: 1)")
+    add = parser.add_argument_group("data").add_argument
+    add("--dataset", choices=DATASETS, default="mnist",
+        help="mnist and fashion-mnist are downloaded once; digits are drawn here, once "
+        "(default: mnist)")
+    add("--fallback", choices=["digits"],
+        help="train on this instead if the dataset is neither on disk nor to be had from "
+        "the network; without --fallback that is an error")
+    add("--data-dir", metavar="DIR",
+        help="where the datasets are (default: $VAE_DATA_DIR, else data/ beside train.py)")
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=number(int, 1), default=10, metavar="N", help="(default: 10)")
+    add("--batch-size", type=number(int, 1), default=128, metavar="N", help="(default: 128)")
+    add("--lr", type=number(float, 0), default=2e-3, metavar="LR",
+        help="learning rate of Adam (default: 0.002)")
+    add("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N",
+        help="the same seed gives the same numbers on the same CPU (default: 0)")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto",
+        help="auto takes the GPU if there is one (default: auto)")
+    add = parser.add_argument_group("output").add_argument
+    add("--out", metavar="DIR",
+        help="folder of the run (default: a new one, runs/DATASET-MODEL...)")
+    add("--resume", action="store_true",
+        help="go on with the run in --out after its last finished epoch, or begin it; "
+        "takes the same options, of which only --epochs may differ")
+    args = parser.parse_args(argv)
+    if args.resume and args.out is None:
+        parser.error("--resume needs --out DIR, the run to go on with")
+    if args.model == "ae" and args.beta != 1:
+        parser.error("--beta weighs the KL, and --model ae has none")
+    return args
+
+
+def find_device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no CUDA GPU here; use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def find_data_dir(option: str | None) -> Path:
+    """--data-dir or $VAE_DATA_DIR, which must exist, or the project's data/."""
+    named = option or os.environ.get("VAE_DATA_DIR")
+    if named and not Path(named).is_dir():
+        raise UserError(f"the data folder {named} does not exist: create it, or name another")
+    return Path(named) if named else PROJECT_DATA
+
+
+def load_or_fall_back(args: argparse.Namespace) -> tuple[str, tuple[Split, Split]]:
+    """The dataset asked for, or --fallback if it cannot be had: its name and splits."""
+    root = find_data_dir(args.data_dir)
+    try:
+        return args.dataset, load_dataset(args.dataset, root)
+    except DataUnavailable as error:
+        if args.fallback is None:
+            raise
+        print(
+            f"*** {args.dataset.upper()} COULD NOT BE HAD: training on the built-in "
+            f"{args.fallback} instead. *** The reason: {error}"
+        )
+        return args.fallback, load_dataset(args.fallback, root)
+
+
+def main(argv: list[str] | None = None) -> Path:
+    """Train, evaluate, save and draw one run. Returns its folder."""
+    args = parse_args(argv)
+    device = find_device(args.device)
+    dataset, (train_split, test_split) = load_or_fall_back(args)
+
+    torch.manual_seed(args.seed)
+    model = build_model(args.model, args.latent_dim)
+    notice = "" if dataset == args.dataset else f"built-in {dataset}, not {args.dataset}"
+    config = {
+        "model": args.model,
+        "dataset": dataset,
+        "notice": notice,
+        "latent_dim": model.latent_dim,
+        "beta": args.beta,
+        "epochs": args.epochs,
+        "batch_size": args.batch_size,
+        "lr": args.lr,
+        "seed": args.seed,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "torch": str(torch.__version__),
+    }
+    name = f"{dataset}-instead-of-{args.dataset}" if notice else dataset
+    name += f"-{args.model}"
+    name += f"-beta{args.beta:g}" if args.beta != 1 else ""
+    name += f"-latent{args.latent_dim}" if args.latent_dim else ""
+    folder = open_run(args.out, args.resume, name)
+    checkpoint = None
+    if args.resume and (folder / "checkpoint.pt").exists():
+        model, checkpoint = load_run(folder)
+        check_settings(folder, checkpoint["config"], config)
+    with write_atomically(folder / "config.json") as file:
+        file.write(json.dumps(config, indent=2).encode() + b"\n")
+
+    model.to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
+    if checkpoint:
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    history = checkpoint["history"] if checkpoint else []
+    images, labels, _ = train_split
+    train_loader = Batches(images.to(device), labels.to(device), args.batch_size, shuffle=True)
+    images, labels, _ = test_split
+    test_loader = Batches(images.to(device), labels.to(device), batch_size=1000)
+    print(
+        f"{args.model} with {config['parameters']:,} parameters on {dataset}, "
+        f"{len(train_split.images):,} + {len(test_split.images):,} images, {config['device']}. "
+        f"Losses in nats per image. Run: {folder}",
+        flush=True,
+    )
+    for epoch in range(len(history) + 1, args.epochs + 1):
+        start = time.monotonic()
+        # Every epoch has a seed of its own, so a resumed run draws the same numbers.
+        torch.manual_seed(args.seed + 1_000_003 * epoch)
+        batches = progress(train_loader, epoch, args.epochs)
+        train = train_epoch(model, batches, optimizer, device, args.beta)
+        test = test_epoch(model, test_loader, device, args.beta)
+        seconds = time.monotonic() - start
+        if not all(map(math.isfinite, train + test)):
+            raise UserError(
+                f"{folder}: the loss became {train[0]} in epoch {epoch}; try a smaller --lr. "
+                "The epochs before it are kept"
+            )
+        row = {"epoch": epoch, "beta": args.beta}
+        row |= zip(("train_loss", "train_recon", "train_kl"), train)
+        row |= zip(("test_loss", "test_recon", "test_kl"), test)
+        history.append(row | {"seconds": round(seconds, 3)})
+        save_run(folder, config, model, optimizer, history)
+        print(
+            f"epoch {epoch:2d}/{args.epochs}  "
+            f"train loss {train[0]:.2f} (recon {train[1]:.2f}, KL {train[2]:.2f})  "
+            f"test loss {test[0]:.2f} (recon {test[1]:.2f}, KL {test[2]:.2f})  {seconds:.1f} s",
+            flush=True,
+        )
+
+    from viz import draw_run  # viz.py stands on this file; only here does it look up
+
+    draw_run(folder, model, config, history, test_loader)
+    print(f"saved in {folder}: {' '.join(sorted(path.name for path in folder.iterdir()))}")
+    if notice:
+        print(f"*** REMEMBER: these are the {notice.upper()}. ***")
+    return folder
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,204 @@
+"""The variational autoencoder: the mathematics and the networks (chapter 2.2 - 2.4).
+
+A VAE describes how an image x comes about: draw a code z from the prior
+p(z) = N(0, I), then draw x from p(x|z), whose parameters a decoder computes.
+The likelihood log p(x) is intractable, so an encoder proposes
+q(z|x) = N(mu, diag(sigma^2)), and training maximises a lower bound of log p(x):
+
+    ELBO(x) = E_q(z|x)[ log p(x|z) ] - KL( q(z|x) || p(z) )  <=  log p(x)
+
+Everything here works with the negative ELBO, a loss to be minimised, in nats:
+
+    total = recon + beta * KL        (beta = 1: exactly -ELBO)
+
+Sources: Kingma & Welling 2013 (arXiv:1312.6114); Rezende, Mohamed & Wierstra
+2014 (arXiv:1401.4082); for beta, Higgins et al. 2017.
+"""
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+# Encoders clamp log sigma^2 to this range, so that sigma stays within
+# [0.007, 148] and neither exp() nor the loss can overflow (chapter 2.3).
+LOGVAR_RANGE = (-10.0, 10.0)
+
+
+# ---------------------------------------------------------------- the mathematics
+
+
+def reparameterize(mu: Tensor, logvar: Tensor) -> Tensor:
+    """Draw z ~ N(mu, sigma^2) such that gradients reach mu and logvar.
+
+    mu, logvar: (batch, latent_dim), with logvar = log sigma^2. Returns z of the
+    same shape. The randomness sits in epsilon, which depends on no parameter, so
+    z is a differentiable function of mu and sigma (Kingma & Welling 2013, 2.4).
+    """
+    std = torch.exp(0.5 * logvar)  # exp(log sigma^2 / 2) = sigma, not sigma^2
+    epsilon = torch.randn_like(std)
+    return mu + std * epsilon
+
+
+def kl_divergence_gaussian(mu: Tensor, logvar: Tensor) -> Tensor:
+    """KL( N(mu, sigma^2) || N(0, I) ) per image: (batch, latent_dim) -> (batch,), nats.
+
+    KL = -1/2 sum_j (1 + log sigma_j^2 - mu_j^2 - sigma_j^2)
+    (Kingma & Welling 2013, appendix B). It is never negative, and 0 only where
+    mu = 0 and sigma = 1.
+    """
+    # expm1(logvar) is sigma^2 - 1 without the cancellation that would make the
+    # sum of the four terms come out slightly negative near the prior.
+    return 0.5 * (mu.pow(2) + torch.expm1(logvar) - logvar).sum(dim=1)
+
+
+def bernoulli_nll(x_logits: Tensor, x: Tensor) -> Tensor:
+    """Binary cross-entropy -log p(x|z) from logits, per image: (batch,), nats.
+
+    x_logits and x, in [0, 1], hold the same images, flat or not. With the pixel
+    mean p = sigmoid(l), the cross-entropy is -x log p - (1 - x) log(1 - p). Since
+    log p = l - softplus(l) and log(1 - p) = -softplus(l), with
+    softplus(l) = log(1 + e^l), this is softplus(l) - x l: finite, with the exact
+    gradient sigmoid(l) - x, for every finite logit. Through the sigmoid itself it
+    would break: in float32 sigmoid(17) is 1, and 1 - p is 0.
+    """
+    x = x.reshape(x_logits.shape)
+    return (F.softplus(x_logits) - x * x_logits).flatten(1).sum(dim=1)
+
+
+def squared_error(x_logits: Tensor, x: Tensor) -> Tensor:
+    """||x - sigmoid(x_logits)||^2 per image: (batch,).
+
+    Up to a constant this is -log p(x|z) in nats of a Gaussian with mean
+    sigmoid(x_logits) and variance 1/2.
+    """
+    x = x.reshape(x_logits.shape)
+    return (x - torch.sigmoid(x_logits)).pow(2).flatten(1).sum(dim=1)
+
+
+def vae_loss(
+    x_logits: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, beta: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The negative ELBO with KL weight beta: (total, recon, kl), summed over the batch.
+
+    x_logits, x: the same images, (batch, ...); mu, logvar: (batch, latent_dim).
+    Three scalars in nats, total = recon + beta * kl. recon is a one-sample
+    Monte Carlo estimate of -E_q[log p(x|z)]; kl is exact.
+    """
+    recon = bernoulli_nll(x_logits, x).sum()
+    kl = kl_divergence_gaussian(mu, logvar).sum()
+    return recon + beta * kl, recon, kl
+
+
+# ------------------------------------------------------------------- the networks
+
+
+class VAEEncoder(nn.Module):
+    """The recognition network q(z|x): one hidden layer, then mu and log sigma^2."""
+
+    def __init__(self, input_dim: int = 784, hidden_dim: int = 400, latent_dim: int = 20):
+        super().__init__()
+        self.fc1 = nn.Linear(input_dim, hidden_dim)
+        self.fc_mu = nn.Linear(hidden_dim, latent_dim)
+        self.fc_logvar = nn.Linear(hidden_dim, latent_dim)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x: (batch, ...) with input_dim values an image -> mu, logvar: (batch, latent_dim)."""
+        h = F.relu(self.fc1(x.flatten(1)))
+        return self.fc_mu(h), self.fc_logvar(h).clamp(*LOGVAR_RANGE)
+
+
+class GaussianVAE(nn.Module):
+    """What every VAE here does, whatever its networks are.
+
+    A subclass is an architecture: it sets `latent_dim` and defines
+    `encode(x) -> (mu, logvar)` and `decode_logits(z)`.
+    """
+
+    def reparameterize(self, mu: Tensor, logvar: Tensor) -> Tensor:
+        return reparameterize(mu, logvar)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """z: (batch, latent_dim) -> the pixel means, in [0, 1]."""
+        return torch.sigmoid(self.decode_logits(z))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x -> z -> x': returns (x_logits, mu, logvar)."""
+        mu, logvar = self.encode(x)
+        z = self.reparameterize(mu, logvar)
+        return self.decode_logits(z), mu, logvar
+
+    def loss(
+        self, images: Tensor, labels: Tensor, beta: float = 1.0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(total, recon, kl) of a batch, as `vae_loss`. The labels are not used."""
+        x_logits, mu, logvar = self(images)
+        return vae_loss(x_logits, images, mu, logvar, beta)
+
+    def sample(self, num_samples: int, device: torch.device | str | None = None) -> Tensor:
+        """Draw z from the prior and decode it: (num_samples, ...), pixel means in [0, 1].
+
+        device: where to draw z; by default where the model is.
+        """
+        device = device or next(self.parameters()).device
+        return self.decode(torch.randn(num_samples, self.latent_dim, device=device))
+
+
+class VAE(GaussianVAE):
+    """The MLP VAE (chapter 2.4): 784 -> 400 -> 20 -> 400 -> 784.
+
+    Takes images of any shape with input_dim values, returns them flat.
+    """
+
+    def __init__(self, input_dim: int = 784, hidden_dim: int = 400, latent_dim: int = 20):
+        super().__init__()
+        self.latent_dim = latent_dim
+        self.encoder = VAEEncoder(input_dim, hidden_dim, latent_dim)
+        self.decoder_fc1 = nn.Linear(latent_dim, hidden_dim)
+        self.decoder_fc2 = nn.Linear(hidden_dim, input_dim)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x: (batch, ...) -> mu, logvar: (batch, latent_dim)."""
+        return self.encoder(x)
+
+    def decode_logits(self, z: Tensor) -> Tensor:
+        """z: (batch, latent_dim) -> (batch, input_dim)."""
+        return self.decoder_fc2(F.relu(self.decoder_fc1(z)))
+
+
+class ConvVAE(GaussianVAE):
+    """The convolutional VAE for 28 x 28 images (chapter 2.4)."""
+
+    def __init__(self, input_channels: int = 1, latent_dim: int = 128):
+        super().__init__()
+        self.latent_dim = latent_dim
+        self.encoder_conv = nn.Sequential(
+            nn.Conv2d(input_channels, 32, kernel_size=4, stride=2, padding=1),  # 28 -> 14
+            nn.ReLU(),
+            nn.Conv2d(32, 64, kernel_size=4, stride=2, padding=1),  # 14 -> 7
+            nn.ReLU(),
+            nn.Conv2d(64, 128, kernel_size=4, stride=2, padding=1),  # 7 -> 3
+            nn.ReLU(),
+        )
+        self.fc_mu = nn.Linear(128 * 3 * 3, latent_dim)
+        self.fc_logvar = nn.Linear(128 * 3 * 3, latent_dim)
+        self.decoder_fc = nn.Linear(latent_dim, 128 * 3 * 3)
+        # 7 -> 3 lost half a pixel to rounding; output_padding=1 gives it back.
+        # Without it the decoder goes 3 -> 6 -> 12 -> 24 and never reaches 28.
+        self.decoder_conv = nn.Sequential(
+            nn.ConvTranspose2d(128, 64, kernel_size=4, stride=2, padding=1, output_padding=1),
+            nn.ReLU(),  # 3 -> 7
+            nn.ConvTranspose2d(64, 32, kernel_size=4, stride=2, padding=1),
+            nn.ReLU(),  # 7 -> 14
+            nn.ConvTranspose2d(32, input_channels, kernel_size=4, stride=2, padding=1),
+        )  # 14 -> 28
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x: (batch, channels, 28, 28) -> mu, logvar: (batch, latent_dim)."""
+        h = self.encoder_conv(x).flatten(1)  # (batch, 128 * 3 * 3)
+        return self.fc_mu(h), self.fc_logvar(h).clamp(*LOGVAR_RANGE)
+
+    def decode_logits(self, z: Tensor) -> Tensor:
+        """z: (batch, latent_dim) -> (batch, channels, 28, 28)."""
+        h = self.decoder_fc(z).view(-1, 128, 3, 3)
+        return self.decoder_conv(h)

@@ -1,0 +1,297 @@
+"""Pictures of a trained model and its latent space (chapter 2.5 - 2.6).
+
+    python viz.py runs/mnist-mlp           redraw every figure of a run
+
+The functions take a model that is already trained, and the path of the PNG to write.
+`note` is printed at the foot of a figure. No window is opened.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+import torch.nn as nn
+from matplotlib.figure import Figure
+from matplotlib.patches import Circle
+from torch import Tensor
+
+from data import CLASS_NAMES, Batches, load_dataset, write_atomically
+from train import Parser, find_data_dir, load_run, run_cli
+from vae import kl_divergence_gaussian
+
+DPI = 150
+matplotlib.rcParams["font.size"] = 8
+
+
+# ------------------------------------------------------------------ shared pieces
+
+
+def as_images(x: Tensor) -> Tensor:
+    """(n, pixels) of square grey images, or (n, channels, height, width), as the latter."""
+    if x.dim() == 2:
+        side = round(x.shape[1] ** 0.5)
+        x = x.view(-1, 1, side, side)
+    return x
+
+
+def mean_codes(model: nn.Module, images: Tensor) -> Tensor:
+    """The code of each image, (batch, latent_dim); of a VAE, the mean of q(z|x)."""
+    codes = model.encode(images)
+    return codes[0] if isinstance(codes, tuple) else codes
+
+
+def first_images(loader: Iterable, device: torch.device | str, n: int) -> Tensor:
+    """The first n images of the first batch."""
+    images, _ = next(iter(loader))
+    return images[:n].to(device)
+
+
+def tile(images: Tensor, columns: int, gap: int = 2) -> np.ndarray:
+    """Images in [0, 1], row by row, as one RGB picture (height, width, 3) with white gaps."""
+    images = as_images(images).cpu()
+    n, _, height, width = images.shape
+    rows = -(-n // columns)
+    picture = torch.ones(3, rows * (height + gap) - gap, columns * (width + gap) - gap)
+    for i, image in enumerate(images):
+        y, x = i // columns * (height + gap), i % columns * (width + gap)
+        picture[:, y : y + height, x : x + width] = image  # grey spreads over the 3 channels
+    return picture.permute(1, 2, 0).numpy()
+
+
+def save_tiles(
+    images: Tensor,
+    columns: int,
+    path: str | Path,
+    note: str = "",
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+    gap: int = 2,
+    scale: int = 0,
+) -> None:
+    """Save a grid of images, each pixel as scale x scale pixels, labels outside it."""
+    picture = tile(images, columns, gap)
+    height, width = picture.shape[:2]
+    side = as_images(images).shape[2]
+    scale = scale or max(1, round(84 / side))
+    left = 0.12 + 0.06 * max(map(len, row_labels), default=0)  # inches, as all of these
+    top, bottom, right = (0.25 if column_labels else 0.06), (0.25 if note else 0.06), 0.06
+    w, h = width * scale / DPI, height * scale / DPI
+    figure = Figure(figsize=(left + w + right, top + h + bottom))
+    total_w, total_h = figure.get_size_inches()
+    axes = figure.add_axes((left / total_w, bottom / total_h, w / total_w, h / total_h))
+    axes.imshow(picture, interpolation="nearest", aspect="auto")
+    axes.set_yticks([side / 2 + i * (side + gap) for i in range(len(row_labels))], row_labels)
+    axes.set_xticks([side / 2 + i * (side + gap) for i in range(len(column_labels))], column_labels)
+    axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
+    axes.spines[:].set_visible(False)
+    save(figure, path, note)
+
+
+def save(figure: Figure, path: str | Path, note: str = "") -> None:
+    if note:
+        figure.supxlabel(note, fontsize=9, color="firebrick")
+    with write_atomically(path) as file:
+        figure.savefig(file, dpi=DPI, format="png", pil_kwargs={"optimize": True})
+
+
+# -------------------------------------------------- what a model makes of its data
+
+
+@torch.no_grad()
+def visualize_reconstruction(
+    model: nn.Module, test_loader: Iterable, device, path, num_samples: int = 10, note: str = ""
+) -> None:
+    """Test images above their reconstructions, decoded from the mean of q(z|x)."""
+    model.eval()
+    images = first_images(test_loader, device, num_samples)
+    x_recon = as_images(model.decode(mean_codes(model, images)))
+    save_tiles(torch.cat([images, x_recon]), len(images), path, note, ["input", "decoded"])
+
+
+@torch.no_grad()
+def visualize_samples(
+    model: nn.Module, device, path, num_samples: int = 16, note: str = ""
+) -> None:
+    """Decoded draws from the prior: what the model has learned to imagine."""
+    model.eval()
+    columns = int(np.ceil(num_samples**0.5))
+    save_tiles(model.sample(num_samples, device), columns, path, note)
+
+
+def visualize_training(history: list[dict], path, note: str = "") -> None:
+    """Loss, reconstruction and KL per epoch, training and test, from a run's history."""
+    epochs = [row["epoch"] for row in history]
+    figure = Figure(figsize=(8, 2.8), layout="constrained")
+    panels = figure.subplots(1, 3)
+    for axes, term in zip(panels, ("loss", "recon", "kl")):
+        for split, style in (("train", ".--"), ("test", ".-")):
+            axes.plot(epochs, [row[f"{split}_{term}"] for row in history], style, label=split)
+        axes.set(xlabel="epoch", title=f"{term}, nats per image")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.grid(alpha=0.3)
+    panels[0].legend()
+    save(figure, path, note)
+
+
+# ------------------------------------------------------------------ the latent space
+
+
+@torch.no_grad()
+def visualize_latent_space_2d(
+    model: nn.Module,
+    test_loader: Iterable,
+    device,
+    path,
+    class_names: Sequence[str] = tuple("0123456789"),
+    note: str = "",
+) -> None:
+    """Every test image at its code, coloured by its class; for latent_dim = 2.
+
+    The circles hold 50 % and 95 % of the prior N(0, I).
+    """
+    model.eval()
+    batches = [(mean_codes(model, x.to(device)).cpu(), y.cpu()) for x, y in test_loader]
+    z, labels = (torch.cat(part).numpy() for part in zip(*batches))
+    figure = Figure(figsize=(6.2, 5.4), layout="constrained")
+    axes = figure.subplots()
+    colours = matplotlib.colormaps["tab10"]
+    for label in np.unique(labels):
+        x, y = z[labels == label].T
+        style = {"color": colours(label), "label": class_names[label]}
+        axes.scatter(x, y, s=3, alpha=0.5, linewidths=0, **style)
+    for share in (0.5, 0.95):
+        radius = (-2 * np.log(1 - share)) ** 0.5  # |z|^2 is exponential with mean 2
+        axes.add_patch(Circle((0, 0), radius, fill=False, linestyle=":", color="black"))
+    axes.set(xlabel="$z_1$", ylabel="$z_2$", aspect="equal")
+    legend = axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=5, frameon=False)
+    for handle in legend.legend_handles:
+        handle.set_alpha(1)
+    save(figure, path, note)
+
+
+@torch.no_grad()
+def interpolate_latent_space(
+    model: nn.Module, z_start: Tensor, z_end: Tensor, num_steps: int = 10
+) -> Tensor:
+    """Decode num_steps points on the straight line from z_start to z_end, both included.
+
+    z_start, z_end: (latent_dim,). Returns (num_steps, channels, height, width).
+    """
+    model.eval()
+    alphas = torch.linspace(0, 1, num_steps, device=z_start.device)[:, None]
+    return as_images(model.decode((1 - alphas) * z_start + alphas * z_end))
+
+
+@torch.no_grad()
+def visualize_interpolation(
+    model: nn.Module,
+    test_loader: Iterable,
+    device,
+    path,
+    num_pairs: int = 3,
+    num_steps: int = 10,
+    note: str = "",
+) -> None:
+    """Between the codes of two test images, which stand at the ends of each row."""
+    model.eval()
+    images = first_images(test_loader, device, 2 * num_pairs)
+    codes = mean_codes(model, images)
+    rows = []
+    for i in range(0, len(images) - 1, 2):
+        steps = interpolate_latent_space(model, codes[i], codes[i + 1], num_steps)
+        rows += [images[i : i + 1], steps, images[i + 1 : i + 2]]
+    labels = ["input", *[f"{a:.2f}" for a in np.linspace(0, 1, num_steps)], "input"]
+    save_tiles(torch.cat(rows), num_steps + 2, path, note, column_labels=labels)
+
+
+@torch.no_grad()
+def visualize_latent_manifold(
+    model: nn.Module, device, path, n: int = 20, digit_size: int = 28, note: str = ""
+) -> None:
+    """An n x n grid over a 2-D latent space, decoded: z_1 to the right, z_2 upwards.
+
+    The grid takes equal steps in probability (through the inverse of the normal CDF),
+    so that every picture stands for the same share of the prior, 1/n^2. Equal steps in
+    z would spend most pictures on tails that the model never sees.
+    """
+    model.eval()
+    z = torch.special.ndtri((torch.arange(n, device=device) + 0.5) / n)
+    z2, z1 = torch.meshgrid(z.flip(0), z, indexing="ij")
+    images = model.decode(torch.stack([z1, z2], dim=-1).view(n * n, 2))
+    images = images.view(n * n, -1, digit_size, digit_size)
+    labels = [f"{value:.1f}" for value in z.tolist()]
+    rows, columns = [f"z2={labels[-1]}", *labels[-2::-1]], [f"z1={labels[0]}", *labels[1:]]
+    save_tiles(images, n, path, note, rows, columns, gap=0, scale=2)
+
+
+@torch.no_grad()
+def visualize_traversals(
+    model: nn.Module,
+    test_loader: Iterable,
+    device,
+    path,
+    num_dims: int = 10,
+    num_steps: int = 11,
+    note: str = "",
+) -> None:
+    """Move one latent at a time, the others at the code of the first test image.
+
+    A row a latent, the num_dims with the largest KL (mean over the test set, nats),
+    largest first. A latent with a KL near 0 is not used, and its row does not change.
+    """
+    model.eval()
+    kl = []
+    for images, _ in test_loader:
+        mu, logvar = model.encode(images.to(device))
+        kl.append(kl_divergence_gaussian(mu.view(-1, 1), logvar.view(-1, 1)).view(mu.shape))
+    kl = torch.cat(kl).mean(dim=0)
+    order = kl.argsort(descending=True)[:num_dims].tolist()
+    values = torch.linspace(-2.5, 2.5, num_steps, device=device)
+    z = mean_codes(model, first_images(test_loader, device, 1)).repeat(len(order), num_steps, 1)
+    for row, j in enumerate(order):
+        z[row, :, j] = values
+    row_labels = [f"z{j + 1}: {kl[j]:.2f} nats" for j in order]
+    column_labels = [f"{value:.1f}" for value in values.tolist()]
+    save_tiles(model.decode(z.flatten(0, 1)), num_steps, path, note, row_labels, column_labels)
+
+
+# -------------------------------------------------------------------- a whole run
+
+
+def draw_run(
+    folder: str | Path, model: nn.Module, config: dict, history: list[dict], loader: Iterable
+) -> None:
+    """Draw into folder every figure that applies to the run; loader: its test images."""
+    folder = Path(folder)
+    device = next(model.parameters()).device
+    note = config["notice"]
+    torch.manual_seed(config["seed"])
+    visualize_training(history, folder / "training.png", note)
+    visualize_reconstruction(model, loader, device, folder / "reconstruction.png", note=note)
+    visualize_samples(model, device, folder / "samples.png", num_samples=64, note=note)
+    visualize_interpolation(model, loader, device, folder / "interpolation.png", note=note)
+    if config["model"] != "ae":  # it has no KL to order its latents by
+        visualize_traversals(model, loader, device, folder / "traversals.png", note=note)
+    if config["latent_dim"] == 2:
+        names = CLASS_NAMES[config["dataset"]]
+        visualize_latent_space_2d(model, loader, device, folder / "latent_space.png", names, note)
+        visualize_latent_manifold(model, device, folder / "manifold.png", note=note)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = Parser(prog="viz.py", description="Redraw the figures of a run.")
+    parser.add_argument("run", help="the folder of the run, such as runs/mnist-mlp")
+    parser.add_argument("--data-dir", metavar="DIR", help="as for train.py")
+    args = parser.parse_args(argv)
+    model, checkpoint = load_run(args.run)
+    config = checkpoint["config"]
+    _, test = load_dataset(config["dataset"], find_data_dir(args.data_dir))
+    test_loader = Batches(test.images, test.labels, batch_size=1000)
+    draw_run(args.run, model, config, checkpoint["history"], test_loader)
+    print(f"drawn in {args.run}: {' '.join(sorted(p.name for p in Path(args.run).glob('*.png')))}")
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -360,7 +360,7 @@ def load_digits(name: str, root: Path) -> tuple[Split, Split]:
                 arrays = {key: torch.from_numpy(values) for key, values in cache.items()}
                 break
     if arrays is None:
-        print("drawing 70,000 digits, once (about 10 s)", flush=True)
+        print("drawing 70,000 digits, once (some seconds)", flush=True)
         images, labels, factors = draw_digits(70_000, seed=0)
         arrays = {"images": images, "labels": labels, **factors}
         for folder in (root, PROJECT_DATA):

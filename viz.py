@@ -245,7 +245,8 @@ def visualize_traversals(
     kl = []
     for images, _ in test_loader:
         mu, logvar = model.encode(images.to(device))
-        kl.append(kl_divergence_gaussian(mu.view(-1, 1), logvar.view(-1, 1)).view(mu.shape))
+        each = kl_divergence_gaussian(mu.reshape(-1, 1), logvar.reshape(-1, 1))
+        kl.append(each.view(mu.shape))
     kl = torch.cat(kl).mean(dim=0)
     order = kl.argsort(descending=True)[:num_dims].tolist()
     values = torch.linspace(-2.5, 2.5, num_steps, device=device)

@@ -1,0 +1,109 @@
+"""What the tests share: paths, a small data folder, and a way to run the scripts."""
+
+import contextlib
+import gzip
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import hypothesis
+import numpy as np
+import pytest
+import torch
+
+PROJECT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(PROJECT))
+
+import data  # noqa: E402
+import train  # noqa: E402
+
+# No time limit for an example: a busy machine is not a failure. Always the same
+# examples: the code under test may only fail when it has changed.
+hypothesis.settings.register_profile("here", deadline=None, derandomize=True, max_examples=40)
+hypothesis.settings.load_profile("here")
+
+
+def write_idx(path: Path, array: np.ndarray) -> Path:
+    """Write an array of unsigned bytes as an IDX file; gzip-compressed if named .gz."""
+    header = bytes([0, 0, 8, array.ndim]) + np.array(array.shape, ">u4").tobytes()
+    content = header + array.astype(np.uint8).tobytes()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(content, 1) if path.suffix == ".gz" else content)
+    return path
+
+
+def write_mnist(root: Path, train: data.Split, test: data.Split) -> None:
+    for prefix, split in (("train", train), ("t10k", test)):
+        images, labels = split.images[:, 0].numpy(), split.labels.numpy()
+        write_idx(root / "mnist" / f"{prefix}-images-idx3-ubyte.gz", images)
+        write_idx(root / "mnist" / f"{prefix}-labels-idx1-ubyte", labels)
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def drawn() -> data.Split:
+    """6,000 drawn digits."""
+    return data.draw_digits(6000, seed=1)
+
+
+@pytest.fixture(scope="session")
+def mnist_root(drawn, tmp_path_factory) -> Path:
+    """A data folder in MNIST's format, with 1,000 + 300 drawn digits in it."""
+    root = tmp_path_factory.mktemp("data")
+    train = data.Split(drawn.images[:1000], drawn.labels[:1000], {})
+    test = data.Split(drawn.images[1000:1300], drawn.labels[1000:1300], {})
+    write_mnist(root, train, test)
+    return root
+
+
+@pytest.fixture(scope="session")
+def digits_root(tmp_path_factory) -> Path:
+    """A data folder with the cache of the built-in digits."""
+    root = tmp_path_factory.mktemp("digits")
+    data.load_digits("digits", root)
+    return root
+
+
+def overfit(model, images: torch.Tensor, steps: int, beta: float = 1.0) -> list[float]:
+    """Train on one batch; the loss at every step."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        total = model.loss(images, None, beta)[0]
+        total.backward()
+        optimizer.step()
+        losses.append(total.item())
+    return losses
+
+
+def run_script(*args, cwd: Path) -> subprocess.CompletedProcess:
+    """Run one of the project's scripts as a user does, without a network."""
+    nowhere = "http://127.0.0.1:9"
+    env = {k: v for k, v in os.environ.items() if k not in ("VAE_DATA_DIR", "no_proxy", "NO_PROXY")}
+    env |= {"http_proxy": nowhere, "https_proxy": nowhere}
+    command = [sys.executable, str(PROJECT / args[0]), *map(str, args[1:])]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+def run_here(main, *args) -> subprocess.CompletedProcess:
+    """The same in this process, which saves the seconds of importing torch."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with pytest.raises(SystemExit) as exit_:
+            train.run_cli(lambda: main([str(arg) for arg in args]))
+    return subprocess.CompletedProcess(args, exit_.value.code, out.getvalue(), err.getvalue())
+
+
+def assert_user_error(result: subprocess.CompletedProcess, *words: str) -> None:
+    """One line on stderr that has the words in it, and exit status 2."""
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: "), result.stderr
+    for word in words:
+        assert word in result.stderr

@@ -1,0 +1,340 @@
+"""The loaders of data.py: IDX files, downloads, drawn digits, batches."""
+
+import gzip
+import hashlib
+import http.server
+import os
+import threading
+from pathlib import Path
+
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from conftest import write_idx, write_mnist
+from hypothesis import HealthCheck, given, settings
+
+import data
+from data import Batches, DataUnavailable, Split, UserError, draw_digits, read_idx
+
+arrays = hnp.arrays(np.uint8, hnp.array_shapes(min_dims=1, max_dims=3, max_side=9))
+in_one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+# ---------------------------------------------------------------------- IDX files
+
+
+@in_one_folder
+@given(arrays, st.booleans())
+def test_idx_files_are_read_back_exactly(tmp_path, array, gzipped):
+    path = write_idx(tmp_path / ("a.gz" if gzipped else "a"), array)
+    read = read_idx(path, array.ndim)
+    assert read.dtype == np.uint8 and read.shape == array.shape
+    np.testing.assert_array_equal(read, array)
+
+
+@in_one_folder
+@given(arrays, st.booleans(), st.data())
+def test_damaged_idx_files_are_refused(tmp_path, array, gzipped, choice):
+    """Cut short, gone on, or any bit of the header flipped."""
+    content = write_idx(tmp_path / "a", array).read_bytes()
+    header = 4 + 4 * array.ndim
+    damage = choice.draw(st.sampled_from(["cut", "pad", "flip"]))
+    if damage == "cut":
+        content = content[: choice.draw(st.integers(0, len(content) - 1))]
+    elif damage == "pad":
+        content += choice.draw(st.binary(min_size=1, max_size=9))
+    else:
+        bit = choice.draw(st.integers(0, 8 * header - 1))
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        content = bytes(flipped)
+    path = tmp_path / "damaged"
+    path.write_bytes(gzip.compress(content) if gzipped else content)
+    with pytest.raises(UserError, match="damaged"):
+        read_idx(path, array.ndim)
+
+
+@in_one_folder
+@given(st.data())
+def test_damaged_gzip_is_refused(tmp_path, choice):
+    path = write_idx(tmp_path / "a.gz", np.arange(200, dtype=np.uint8))
+    content = bytearray(path.read_bytes())
+    if choice.draw(st.booleans()):
+        content = content[: choice.draw(st.integers(2, len(content) - 1))]
+    else:
+        content[choice.draw(st.integers(len(content) - 8, len(content) - 1))] ^= 255  # CRC, size
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="a.gz"):
+        read_idx(path, 1)
+
+
+def test_a_false_size_in_the_header_costs_no_memory(tmp_path):
+    header = bytes([0, 0, 8, 3]) + b"\xff" * 12  # 2^96 bytes, it says
+    (tmp_path / "a").write_bytes(header + bytes(100))
+    with pytest.raises(UserError, match="cut short"):
+        read_idx(tmp_path / "a", 3)
+
+
+@pytest.mark.parametrize(
+    "images, labels, message",
+    [
+        (np.zeros((5, 28, 28)), np.zeros(4), "5 images.*4 labels"),
+        (np.zeros((5, 28, 28)), np.full(5, 10), "label 10"),
+        (np.zeros((5, 28, 27)), np.zeros(5), "shape"),
+        (np.zeros((0, 28, 28)), np.zeros(0), "shape"),
+        (np.zeros((5, 28)), np.zeros(5), "2 dimensions where 3"),
+        (np.zeros((5, 28, 28)), np.zeros((5, 1)), "2 dimensions where 1"),
+    ],
+)
+def test_files_that_do_not_fit_together_are_refused(tmp_path, images, labels, message):
+    write_idx(tmp_path / "mnist" / "train-images-idx3-ubyte", images)
+    write_idx(tmp_path / "mnist" / "train-labels-idx1-ubyte", labels)
+    with pytest.raises(UserError, match=message):
+        data.load_dataset("mnist", tmp_path)
+
+
+def test_a_data_folder_is_read_as_it_lies(mnist_root, drawn):
+    train, test = data.load_dataset("mnist", mnist_root)
+    assert torch.equal(train.images, drawn.images[:1000]) and train.images.dtype == torch.uint8
+    assert torch.equal(test.labels, drawn.labels[1000:1300]) and test.labels.dtype == torch.int64
+
+
+def test_real_mnist():
+    root = Path(os.environ.get("VAE_DATA_DIR") or data.PROJECT_DATA)
+    if not (root / "mnist").is_dir():
+        pytest.skip(f"no MNIST in {root} (set VAE_DATA_DIR)")
+    train, test = data.load_dataset("mnist", root)
+    assert train.images.shape == (60_000, 1, 28, 28) and test.images.shape == (10_000, 1, 28, 28)
+    # Published class counts, and the mean brightness that everyone normalises by.
+    assert train.labels.bincount().tolist() == [
+        5923, 6742, 5958, 6131, 5842, 5421, 5918, 6265, 5851, 5949
+    ]
+    assert test.labels.bincount().tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
+    assert train.images.double().mean() / 255 == pytest.approx(0.1307, abs=1e-4)
+
+
+# ---------------------------------------------------------------------- downloads
+
+
+@pytest.fixture
+def mirror(tmp_path, drawn, monkeypatch):
+    """A local mirror of a tiny MNIST; `mirror.behave(name)` decides what it answers."""
+    source = tmp_path / "source"
+    write_mnist(source, Split(*drawn[:2], {}), Split(*drawn[:2], {}))
+    files = {}
+    for path in (source / "mnist").iterdir():
+        content = path.read_bytes()
+        if path.suffix != ".gz":
+            content = gzip.compress(content)
+        files[f"{path.name.removesuffix('.gz')}.gz"] = content
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):  # noqa: N802, the base class names it
+            behaviour, _, name = self.path[1:].partition("/")
+            requests.append(self.path)
+            content = files[name]
+            self.send_response(404 if behaviour == "missing" else 200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if behaviour == "short":
+                content = content[:-5]
+            if behaviour == "wrong":
+                content = content[:-1] + b"?"
+            self.wfile.write(content)
+
+        def log_message(self, *args):
+            pass
+
+    requests = []
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def mirrors(*behaviours):
+        urls = [f"http://127.0.0.1:{server.server_port}/{name}/" for name in behaviours]
+        monkeypatch.setitem(data.IDX_MIRRORS, "mnist", urls)
+
+    checksums = {
+        name.removesuffix(".gz"): hashlib.sha256(content).hexdigest()
+        for name, content in files.items()
+    }
+    monkeypatch.setitem(data.IDX_CHECKSUMS, "mnist", checksums)
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    mirrors.requests, mirrors.files = requests, files
+    yield mirrors
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_download_is_verified_kept_and_not_repeated(mirror, tmp_path, drawn):
+    mirror("good")
+    train, _ = data.load_dataset("mnist", tmp_path / "data")
+    assert torch.equal(train.images, drawn.images)
+    folder = tmp_path / "data" / "mnist"
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == mirror.files
+    assert len(mirror.requests) == 4
+    data.load_dataset("mnist", tmp_path / "data")
+    assert len(mirror.requests) == 4
+
+
+@pytest.mark.parametrize("bad", ["missing", "short", "wrong"])
+def test_a_bad_mirror_is_left_for_the_next(mirror, tmp_path, drawn, bad):
+    mirror(bad, "good")
+    train, _ = data.load_dataset("mnist", tmp_path / "data")
+    assert torch.equal(train.images, drawn.images)
+    assert len(mirror.requests) == 8
+
+
+@pytest.mark.parametrize("bad", ["missing", "short", "wrong"])
+def test_without_a_good_mirror_nothing_is_left_behind(mirror, tmp_path, bad):
+    mirror(bad, bad)
+    with pytest.raises(DataUnavailable, match="train-images-idx3-ubyte.gz is missing"):
+        data.load_dataset("mnist", tmp_path / "data")
+    assert not any(path.is_file() for path in (tmp_path / "data").rglob("*"))
+
+
+def test_md5_checksums_are_for_fashion_mnist_only():
+    assert {len(c) for c in data.IDX_CHECKSUMS["mnist"].values()} == {64}
+    assert {len(c) for c in data.IDX_CHECKSUMS["fashion-mnist"].values()} == {32}
+    assert data.IDX_CHECKSUMS["mnist"].keys() == data.IDX_CHECKSUMS["fashion-mnist"].keys()
+
+
+def test_write_atomically_keeps_the_old_file_if_writing_fails(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(ZeroDivisionError), data.write_atomically(path) as file:
+        file.write(b"half of the new")
+        1 / 0
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    with data.write_atomically(path) as file:
+        file.write(b"new")
+    assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
+
+
+# ------------------------------------------------------------------- drawn digits
+
+
+def test_drawn_digits_are_deterministic_in_their_seed():
+    one, same, other = draw_digits(300, 5), draw_digits(300, 5), draw_digits(300, 6)
+    assert torch.equal(one.images, same.images) and torch.equal(one.labels, same.labels)
+    assert all(torch.equal(one.factors[name], same.factors[name]) for name in one.factors)
+    assert not torch.equal(one.images, other.images)
+
+
+def test_drawn_digits_have_the_stated_form(drawn):
+    assert drawn.images.shape == (6000, 1, 28, 28) and drawn.images.dtype == torch.uint8
+    assert drawn.labels.bincount().min() > 500 and drawn.labels.max() == 9
+    assert torch.equal(drawn.factors["class"], drawn.labels)
+    assert (drawn.images.flatten(1).amax(dim=1) > 200).all()  # no faint ones
+    assert drawn.images[..., [0, -1], :].float().mean() < 5  # they fit into the frame
+    assert drawn.images[..., [0, -1]].float().mean() < 5
+    for name, (low, high) in data.DIGIT_FACTORS.items():
+        values = drawn.factors[name]
+        assert values.shape == (6000,) and low <= values.min() and values.max() <= high
+        assert values.max() - values.min() > 0.95 * (high - low)
+
+
+def test_factors_are_what_their_names_say(drawn):
+    """Each factor moves the statistic of the picture that it should, the right way."""
+    images = drawn.images[:, 0].double() / 255
+    ink = images.sum(dim=(1, 2))
+    grid = torch.arange(28.0, dtype=torch.float64)
+    x = (images.sum(dim=1) * grid).sum(dim=1) / ink
+    y = (images.sum(dim=2) * grid).sum(dim=1) / ink
+    dx, dy = grid - x[:, None], grid - y[:, None]
+    covariance = torch.einsum("nyx,nx,ny->n", images, dx, dy) / ink
+    height = torch.einsum("nyx,ny->n", images, dy**2).div(ink).sqrt()
+    width = torch.einsum("nyx,nx->n", images, dx**2).div(ink).sqrt()
+    statistics = {
+        "slant": -covariance / height**2,
+        "rotation": -covariance / height**2,  # clockwise leans to the right
+        "size": height,
+        "aspect": width / height,
+        "thickness": ink,
+        "shift_x": x,
+        "shift_y": y,
+    }
+    assert statistics.keys() == data.DIGIT_FACTORS.keys()
+    for name, statistic in statistics.items():
+        within_class = [
+            torch.corrcoef(torch.stack([drawn.factors[name][drawn.labels == c].double(),
+                                        statistic[drawn.labels == c]]))[0, 1].item()
+            for c in range(10)
+        ]
+        assert np.mean(within_class) > 0.3, (name, within_class)
+
+
+def test_factors_are_independent_of_each_other_and_of_the_class(drawn):
+    table = torch.stack([drawn.factors[name].double() for name in ["class", *data.DIGIT_FACTORS]])
+    correlation = torch.corrcoef(table) - torch.eye(len(table))
+    assert correlation.abs().max() < 5 / 6000**0.5
+
+
+def test_a_linear_classifier_reads_drawn_digits(drawn):
+    x, y = drawn.images.flatten(1) / 255, drawn.labels
+    model = torch.nn.Linear(784, 10)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=60)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(x[:5000]), y[:5000])
+        loss = loss + 1e-3 * model.weight.pow(2).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    accuracy = (model(x[5000:]).argmax(dim=1) == y[5000:]).double().mean()
+    assert accuracy >= 0.9
+
+
+def test_digits_are_cached_and_a_bad_cache_is_drawn_anew(digits_root, tmp_path, monkeypatch):
+    def small(n, seed):
+        calls.append(n)
+        split = draw_digits(200, seed)
+        return Split(*(part.repeat(350, *[1] * (part.dim() - 1)) for part in split[:2]), {})
+
+    calls = []
+    monkeypatch.setattr(data, "draw_digits", small)
+    train, test = data.load_dataset("digits", digits_root)
+    assert not calls  # the fixture has cached them
+    assert len(train.images) == 60_000 and len(test.images) == 10_000
+    assert train.factors.keys() == {"class", "glyph", *data.DIGIT_FACTORS}
+
+    monkeypatch.setattr(data, "PROJECT_DATA", tmp_path / "project")
+    for round_number in (1, 2):
+        first, _ = data.load_dataset("digits", tmp_path)
+        again, _ = data.load_dataset("digits", tmp_path)
+        assert len(calls) == round_number and torch.equal(first.images, again.images)
+        content = bytearray((tmp_path / "digits.npz").read_bytes())
+        content[len(content) // 2] ^= 255
+        (tmp_path / "digits.npz").write_bytes(content)
+    (tmp_path / "blocked").write_text("a file, so no folder")
+    data.load_dataset("digits", tmp_path / "blocked")
+    assert (tmp_path / "project" / "digits.npz").is_file()
+
+
+# ------------------------------------------------------------------------ batches
+
+
+@given(st.integers(1, 50), st.integers(1, 60), st.booleans())
+def test_batches_serve_every_image_once_with_its_label(n, batch_size, shuffle):
+    images = torch.randint(256, (n, 1, 2, 3), dtype=torch.uint8)
+    images[:, 0, 0, 0] = torch.arange(n)
+    loader = Batches(images, torch.arange(n), batch_size, shuffle)
+    batches = list(loader)
+    assert len(batches) == len(loader)
+    assert [len(x) for x, _ in batches[:-1]] == [batch_size] * (len(batches) - 1)
+    x, y = (torch.cat(part) for part in zip(*batches))
+    assert x.dtype == torch.float32 and x.min() >= 0 and x.max() <= 1
+    assert sorted(y.tolist()) == list(range(n))
+    assert torch.equal((x * 255).round().byte(), images[y])
+    assert shuffle or torch.equal(y, torch.arange(n))
+    torch.testing.assert_close(x, images[y].float() / 255, rtol=0, atol=0)
+
+
+def test_shuffling_differs_from_pass_to_pass_and_follows_the_seed():
+    loader = Batches(torch.zeros(100, 1, 1, 1, dtype=torch.uint8), torch.arange(100), 100, True)
+    first, second = (next(iter(loader))[1].tolist() for _ in range(2))
+    torch.manual_seed(0)
+    assert first != second and next(iter(loader))[1].tolist() == first

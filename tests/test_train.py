@@ -1,0 +1,319 @@
+"""The loop of train.py as functions, and its command line as a user runs it."""
+
+import csv
+import json
+import math
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import PROJECT, assert_user_error, run_here, run_script
+from torch.utils.data import DataLoader, TensorDataset
+
+import train
+import viz
+from ae import Autoencoder
+from data import Batches
+from vae import VAE, ConvVAE
+
+FILES = {"config.json", "history.csv", "checkpoint.pt"}
+FIGURES = {"training.png", "reconstruction.png", "samples.png", "interpolation.png"}
+
+
+@pytest.fixture
+def loader(drawn):
+    return Batches(drawn.images[:500], drawn.labels[:500], batch_size=64)
+
+
+# ----------------------------------------------------------------------- the loop
+
+
+@pytest.mark.parametrize("architecture", [Autoencoder, VAE, ConvVAE])
+def test_an_epoch_of_training_lowers_the_test_loss(architecture, loader):
+    model = architecture()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    before = train.test_epoch(model, loader, "cpu")
+    trained = train.train_epoch(model, loader, optimizer, "cpu")
+    after = train.test_epoch(model, loader, "cpu")
+    assert after[0] < trained[0] < before[0]
+
+
+def test_losses_are_means_per_image_whatever_the_batches(drawn):
+    """The autoencoder has no noise, so batches of 7 and of 500 must agree."""
+    model = Autoencoder()
+    x = drawn.images[:500] / 255
+    expected = (model(x)[0] - x.flatten(1)).pow(2).sum(dim=1).mean().item()
+    for batch_size in (7, 64, 500):
+        loader = Batches(drawn.images[:500], drawn.labels[:500], batch_size)
+        loss, recon, kl = train.test_epoch(model, loader, "cpu")
+        assert loss == recon == pytest.approx(expected, rel=1e-5) and kl == 0
+
+
+def test_beta_weighs_the_kl_and_nothing_else(loader):
+    model = VAE()
+    results = {}
+    for beta in (0.0, 1.0, 4.0):
+        torch.manual_seed(1)
+        results[beta] = loss, recon, kl = train.test_epoch(model, loader, "cpu", beta)
+        assert loss == pytest.approx(recon + beta * kl, rel=1e-6)
+        assert (recon, kl) == results[0.0][1:]
+
+
+def test_a_torch_dataloader_is_as_good(drawn, loader):
+    images, labels = drawn.images[:500] / 255, drawn.labels[:500]
+    other = DataLoader(TensorDataset(images, labels), batch_size=64)
+    losses = []
+    for source in (loader, other):
+        torch.manual_seed(2)
+        model = Autoencoder()  # a DataLoader draws from torch's generator, so no noise here
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+        losses.append(train.train_epoch(model, source, optimizer, "cpu"))
+    assert losses[0] == losses[1]
+
+
+def test_testing_changes_nothing_and_uses_evaluation_mode(loader):
+    model = torch.nn.Sequential(torch.nn.Dropout())  # a module that the mode changes
+    model.loss = lambda images, labels, beta: (modes.append(model.training), images.sum())[1:] * 3
+    modes = []
+    train.test_epoch(model, loader, "cpu")
+    assert modes == [False] * len(loader)
+    vae = VAE()
+    before = {name: value.clone() for name, value in vae.state_dict().items()}
+    train.test_epoch(vae, loader, "cpu")
+    assert all(torch.equal(value, before[name]) for name, value in vae.state_dict().items())
+    assert all(p.grad is None for p in vae.parameters())
+
+
+def test_progress_on_a_terminal_shows_throughput_and_time_left(loader, monkeypatch, capsys):
+    clock = iter(range(1000))
+    monkeypatch.setattr(train.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(train.shutil, "get_terminal_size", lambda: os.terminal_size((60, 9)))
+    batches = list(train.progress(loader, epoch=2, epochs=3))
+    assert len(batches) == 8
+    lines = capsys.readouterr().out.split("\r\033[K")
+    # A step a second: 4 steps done are 4 left here and 8 in the next epoch.
+    assert "epoch 2/3   50 %  64 images/s  12 s left" in lines
+    assert lines[-1] == "" and all(len(line) < 60 for line in lines)
+
+
+# --------------------------------------------------------------- the command line
+
+
+def run_train(*args, root):
+    result = run_here(train.main, "--data-dir", root, "--epochs", 2, *args)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def read_history(folder):
+    with open(folder / "history.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row in rows:
+        row.pop("seconds")
+    return rows
+
+
+def test_a_run_leaves_its_files_and_figures(tmp_path, mnist_root):
+    options = ["--latent-dim", 2, "--epochs", 2, "--data-dir", mnist_root]
+    result = run_script("train.py", *options, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    output = result.stdout
+    folder = tmp_path / "runs" / "mnist-mlp-latent2"
+    expected = FILES | FIGURES | {"traversals.png", "latent_space.png", "manifold.png"}
+    assert {path.name for path in folder.iterdir()} == expected
+    assert "saved in runs/mnist-mlp-latent2" in output
+    epoch_lines = [line for line in output.splitlines() if line.startswith("epoch")]
+    assert len(epoch_lines) == 2 and "\r" not in output
+
+    header = (folder / "history.csv").read_text().splitlines()[0]
+    assert header == (
+        "epoch,beta,train_loss,train_recon,train_kl,test_loss,test_recon,test_kl,seconds"
+    )
+    first, second = read_history(folder)
+    assert (first["epoch"], second["epoch"]) == ("1", "2")
+    assert float(second["test_loss"]) < float(first["test_loss"])
+    total = float(second["test_recon"]) + float(second["test_kl"])
+    assert float(second["test_loss"]) == pytest.approx(total, rel=1e-6)
+    assert f"test loss {float(second['test_loss']):.2f}" in epoch_lines[1]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model"] == "mlp" and config["latent_dim"] == 2 and config["notice"] == ""
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path, mnist_root):
+    """Bit for bit; and a second run goes into a folder of its own."""
+    for _ in range(2):
+        arguments = ["--data-dir", mnist_root, "--epochs", 2]
+        assert run_script("train.py", *arguments, cwd=tmp_path).returncode == 0
+    run_train("--seed", 1, "--out", tmp_path / "other", root=mnist_root)
+    folders = ["runs/mnist-mlp", "runs/mnist-mlp-2", "other"]
+    one, same, other = (tmp_path / folder for folder in folders)
+    assert read_history(one) == read_history(same) != read_history(other)
+    weights = [train.load_run(folder)[1]["model"] for folder in (one, same, other)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert not torch.equal(weights[0]["decoder_fc2.weight"], weights[2]["decoder_fc2.weight"])
+
+
+def test_a_resumed_run_gives_the_numbers_of_an_uninterrupted_one(tmp_path, mnist_root):
+    options = ["--data-dir", str(mnist_root), "--model", "conv", "--latent-dim", "5"]
+    options += ["--beta", "2", "--resume", "--out"]
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    train.main([*options, whole, "--epochs", "3"])
+    for epochs in ("1", "2", "3", "3"):  # the last finds nothing left to do
+        train.main([*options, parts, "--epochs", epochs])
+    (_, one), (_, other) = train.load_run(whole), train.load_run(parts)
+    assert read_history(tmp_path / "whole") == read_history(tmp_path / "parts")
+    assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
+
+
+def test_resume_refuses_another_run(tmp_path, mnist_root):
+    folder = tmp_path / "run"
+    run_train("--out", folder, root=mnist_root)
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    common = ["--data-dir", mnist_root, "--out", folder]
+    assert_user_error(run_here(train.main, *common), str(folder), "--resume")
+    for option, value, word in (
+        ("--model", "conv", "model mlp"),
+        ("--beta", 4, "beta 1.0"),
+        ("--seed", 3, "seed 0"),
+    ):
+        result = run_here(train.main, *common, "--resume", option, value)
+        assert_user_error(result, str(folder), word)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_fallback_is_said_everywhere_and_never_silent(tmp_path, digits_root):
+    arguments = ["train.py", "--data-dir", digits_root, "--epochs", 1, "--batch-size", 1000]
+    refused = run_script(*arguments, "--dataset", "mnist", cwd=tmp_path)
+    assert_user_error(refused, "mnist", "cannot be downloaded", "--dataset digits")
+    assert not (tmp_path / "runs").exists()
+
+    result = run_script(*arguments, "--fallback", "digits", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert any(line.startswith("*** MNIST COULD NOT BE HAD") for line in lines)
+    assert lines[-1] == "*** REMEMBER: these are the BUILT-IN DIGITS, NOT MNIST. ***"
+    folder = tmp_path / "runs" / "digits-instead-of-mnist-mlp"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["dataset"] == "digits" and config["notice"] == "built-in digits, not mnist"
+    assert {path.name for path in folder.iterdir()} >= FILES | FIGURES
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--beta", "-1"], ["--beta", "-1"]),
+        (["--beta", "nan"], ["--beta", "nan"]),
+        (["--latent-dim", "0"], ["--latent-dim", "0"]),
+        (["--epochs", "0"], ["--epochs", "0"]),
+        (["--batch-size", "x"], ["--batch-size", "int"]),
+        (["--lr", "inf"], ["--lr", "inf"]),
+        (["--dataset", "cifar"], ["--dataset", "cifar", "mnist"]),
+        (["--data-dir", "nowhere"], ["nowhere", "does not exist"]),
+        (["--resume"], ["--resume", "--out"]),
+        (["--model", "ae", "--beta", "4"], ["--beta", "ae"]),
+        (["--unknown"], ["--unknown"]),
+    ],
+)
+def test_bad_options_end_in_one_line(tmp_path, monkeypatch, options, words):
+    monkeypatch.chdir(tmp_path)
+    result = run_here(train.main, *options)
+    assert_user_error(result, *words)
+    assert result.stdout == "" and not list(tmp_path.iterdir())
+
+
+def test_bad_surroundings_end_in_one_line(tmp_path, mnist_root):
+    real = run_script("train.py", "--beta", "-1", cwd=tmp_path)  # as a user meets it
+    assert_user_error(real, "--beta")
+    common = ["--data-dir", mnist_root, "--out", tmp_path / "run"]
+    if not torch.cuda.is_available():
+        assert_user_error(run_here(train.main, *common, "--device", "cuda"), "--device cuda")
+    broken = tmp_path / "data"
+    shutil.copytree(mnist_root, broken)
+    path = broken / "mnist" / "t10k-labels-idx1-ubyte"
+    path.write_text("<html>not found</html>")
+    result = run_here(train.main, *common, "--data-dir", broken, "--fallback", "digits")
+    assert_user_error(result, str(path), "IDX")  # broken is not missing: no fallback
+    assert {p.name for p in tmp_path.iterdir()} == {"data"}
+
+
+def test_an_output_folder_that_cannot_be_made_ends_in_one_line(tmp_path, mnist_root):
+    (tmp_path / "file").write_text("")
+    folders = [tmp_path / "file" / "run", tmp_path / "file"]
+    if Path("/proc/self").is_dir():
+        folders.append("/proc/run")  # read-only, even to root
+    for folder in folders:
+        result = run_here(train.main, "--data-dir", mnist_root, "--out", folder)
+        assert_user_error(result, str(folder))
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_exploding_loss_ends_in_one_line_and_keeps_the_last_good_epoch(tmp_path, mnist_root):
+    folder = tmp_path / "run"
+    run_train("--out", folder, root=mnist_root)
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    checkpoint["model"]["decoder_fc2.bias"][0] = math.inf
+    torch.save(checkpoint, folder / "checkpoint.pt")
+    before = (folder / "checkpoint.pt").read_bytes()
+    options = ["--data-dir", mnist_root, "--out", folder, "--resume", "--epochs", 3]
+    assert_user_error(run_here(train.main, *options), "epoch 3", "--lr")
+    assert (folder / "checkpoint.pt").read_bytes() == before
+
+
+# ---------------------------------------------------------------- damaged runs
+
+
+class Malicious:
+    def __reduce__(self):
+        return exec, ("open('ran', 'w')",)
+
+
+def test_viz_redraws_a_run_and_refuses_what_is_none(tmp_path, mnist_root, monkeypatch):
+    mlp, ae = tmp_path / "mlp", tmp_path / "ae"
+    run_train("--out", mlp, root=mnist_root)
+    run_train("--out", ae, "--model", "ae", root=mnist_root)
+    figures = {path.name: path.read_bytes() for path in mlp.glob("*.png")}
+    assert figures.keys() == FIGURES | {"traversals.png"}
+    assert {path.name for path in ae.glob("*.png")} == FIGURES
+    for name in figures:
+        (mlp / name).unlink()
+    result = run_script("viz.py", "--data-dir", mnist_root, "mlp", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert {path.name: path.read_bytes() for path in mlp.glob("*.png")} == figures
+
+    assert_user_error(run_here(viz.main, tmp_path / "nothing"), "nothing", "is missing")
+    good = (mlp / "checkpoint.pt").read_bytes()
+    shutil.copy(ae / "checkpoint.pt", mlp / "checkpoint.pt")
+    assert_user_error(run_here(viz.main, mlp), "model ae, not mlp")
+    for bad in (b"", good[:1000], good[: len(good) // 2], b"PK" + good[2:2000]):
+        (mlp / "checkpoint.pt").write_bytes(bad)
+        with pytest.raises(train.UserError, match="checkpoint.pt"):
+            train.load_run(mlp)
+    torch.save({"config": Malicious()}, mlp / "checkpoint.pt")
+    monkeypatch.chdir(tmp_path)
+    assert_user_error(run_here(viz.main, mlp), "checkpoint.pt")
+    assert not (tmp_path / "ran").exists()
+    (mlp / "checkpoint.pt").write_bytes(good)
+    for bad in (b"", b"[]", b"{}", b"null", b"\xff"):
+        (mlp / "config.json").write_bytes(bad)
+        with pytest.raises(train.UserError, match="config.json"):
+            train.load_run(mlp)
+
+
+def test_ae_script_trains_both_and_draws_them(tmp_path, mnist_root):
+    result = run_script("ae.py", "--data-dir", mnist_root, "--epochs", 1, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "autoencoder mean" in result.stdout
+    assert {path.name for path in (tmp_path / "runs").iterdir()} == {"mnist-ae", "mnist-mlp"}
+    assert (tmp_path / "runs" / "mnist-mlp" / "ae-vs-vae.png").is_file()
+
+
+def test_help_explains_every_option():
+    result = run_script("train.py", "--help", cwd=PROJECT)
+    assert result.returncode == 0
+    for option in ("model", "dataset", "beta", "latent-dim", "epochs", "batch-size", "lr", "seed",
+                   "device", "data-dir", "fallback", "out", "resume"):
+        assert f"--{option}" in result.stdout

@@ -1,0 +1,319 @@
+"""The mathematics and the networks of vae.py."""
+
+import copy
+import math
+
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import overfit
+from hypothesis import given, settings
+
+from vae import (
+    VAE,
+    ConvVAE,
+    VAEEncoder,
+    bernoulli_nll,
+    kl_divergence_gaussian,
+    reparameterize,
+    squared_error,
+    vae_loss,
+)
+
+MODELS = [VAE, ConvVAE]
+shapes = st.tuples(st.integers(1, 6), st.integers(1, 12))
+
+
+def floats(low, high, width=32):
+    return st.floats(low, high, width=width)
+
+
+@st.composite
+def tensors(draw, *ranges, shape=shapes, dtype=np.float32):
+    """Tensors of one common shape, one for each range of values."""
+    size = draw(shape)
+    width = 32 if dtype == np.float32 else 64
+    arrays = [draw(hnp.arrays(dtype, size, elements=floats(*r, width=width))) for r in ranges]
+    return [torch.from_numpy(array) for array in arrays]
+
+
+def random_images(batch):
+    return torch.rand(batch, 1, 28, 28)
+
+
+# ----------------------------------------------------------------------------- KL
+
+
+@given(tensors((-30, 30), (-20, 20)))
+def test_kl_is_never_negative(pair):
+    kl = kl_divergence_gaussian(*pair)
+    assert kl.shape == (len(pair[0]),)
+    assert (kl >= 0).all()
+
+
+@given(tensors((-1, 1), (-1, 1)), st.sampled_from([1e-2, 1e-3, 1e-4, 1e-6]))
+def test_kl_is_never_negative_close_to_the_prior(pair, scale):
+    mu, logvar = pair
+    assert (kl_divergence_gaussian(scale * mu, scale * logvar) >= 0).all()
+
+
+@given(tensors((-5, 5), (-5, 5)))
+def test_kl_is_zero_only_at_the_prior(pair):
+    mu, logvar = pair
+    zero = torch.zeros_like(mu)
+    assert (kl_divergence_gaussian(zero, zero) == 0).all()
+    far = (mu.abs() > 1e-2).any(dim=1) | (logvar.abs() > 1e-2).any(dim=1)
+    assert (kl_divergence_gaussian(mu, logvar)[far] > 0).all()
+
+
+@given(tensors((-30, 30), (-20, 20), dtype=np.float64))
+def test_kl_equals_torch_distributions(pair):
+    mu, logvar = pair
+    q = torch.distributions.Normal(mu, torch.exp(0.5 * logvar))
+    p = torch.distributions.Normal(torch.zeros_like(mu), torch.ones_like(mu))
+    expected = torch.distributions.kl_divergence(q, p).sum(dim=1)
+    torch.testing.assert_close(kl_divergence_gaussian(mu, logvar), expected, rtol=1e-5, atol=1e-9)
+
+
+@given(tensors((-3, 3), (-3, 2), dtype=np.float64))
+def test_kl_equals_a_monte_carlo_estimate(pair):
+    mu, logvar = pair
+    n, std = 20_000, torch.exp(0.5 * logvar)
+    z = mu + std * torch.randn(n, *mu.shape, dtype=mu.dtype)
+    log_q = torch.distributions.Normal(mu, std).log_prob(z).sum(dim=2)
+    log_p = torch.distributions.Normal(0.0, 1.0).log_prob(z).sum(dim=2)
+    estimate, error = (log_q - log_p).mean(dim=0), (log_q - log_p).std(dim=0) / n**0.5
+    assert ((kl_divergence_gaussian(mu, logvar) - estimate).abs() <= 5 * error + 1e-9).all()
+
+
+# --------------------------------------------------------------- reparameterization
+
+
+@given(floats(-3, 3), floats(-4, 3))
+def test_samples_have_the_stated_mean_and_standard_deviation(mu, logvar):
+    n = 50_000
+    z = reparameterize(torch.full((n, 2), mu), torch.full((n, 2), logvar)).double()
+    std = math.exp(0.5 * logvar)
+    assert (z.mean(dim=0) - mu).abs().max() <= 5 * std / n**0.5 + 1e-6
+    assert (z.std(dim=0) - std).abs().max() <= 5 * std / (2 * n) ** 0.5 + 1e-6
+    assert abs(torch.corrcoef(z.T)[0, 1]) <= 5 / n**0.5  # each latent has its own noise
+    assert abs(torch.corrcoef(torch.stack([z[:-1, 0], z[1:, 0]]))[0, 1]) <= 5 / n**0.5
+
+
+@given(floats(-2, 2, 64), floats(-2, 2, 64))
+def test_gradients_of_an_expectation_equal_their_analytic_values(mu, logvar):
+    """E[z^2] = mu^2 + sigma^2, so d/dmu = 2 mu and d/dsigma = 2 sigma."""
+    n = 20_000
+    mus = torch.full((n, 1), mu, dtype=torch.float64, requires_grad=True)
+    sigmas = torch.full((n, 1), math.exp(0.5 * logvar), dtype=torch.float64, requires_grad=True)
+    z = reparameterize(mus, 2 * sigmas.log())
+    z.pow(2).sum().backward()
+    for gradient, expected in ((mus.grad, 2 * mu), (sigmas.grad, 2 * math.exp(0.5 * logvar))):
+        assert abs(gradient.mean() - expected) <= 5 * gradient.std() / n**0.5
+
+
+@given(tensors((-3, 3), (-4, 4), dtype=np.float64))
+def test_gradients_equal_finite_differences_at_fixed_noise(pair):
+    def at_fixed_noise(mu, logvar):
+        torch.manual_seed(7)
+        return reparameterize(mu, logvar).sin()
+
+    assert torch.autograd.gradcheck(at_fixed_noise, [t.requires_grad_() for t in pair])
+
+
+def test_noise_is_fresh_in_every_call():
+    mu = torch.zeros(4, 3)
+    assert not torch.equal(reparameterize(mu, mu), reparameterize(mu, mu))
+
+
+# ------------------------------------------------------------------ reconstruction
+
+
+@given(tensors((-15, 15), (0, 1)))
+def test_bce_equals_torch_at_moderate_logits(pair):
+    logits, x = pair
+    ours = bernoulli_nll(logits, x)
+    assert ours.shape == (len(x),)
+    theirs = F.binary_cross_entropy_with_logits(logits, x, reduction="none").sum(dim=1)
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
+    if logits.abs().max() < 5:
+        through_sigmoid = F.binary_cross_entropy(torch.sigmoid(logits), x, reduction="none")
+        torch.testing.assert_close(ours, through_sigmoid.sum(dim=1), rtol=1e-4, atol=1e-4)
+
+
+@given(tensors((-15, 15), (0, 1)))
+def test_bce_gradient_is_sigmoid_minus_x(pair):
+    logits, x = pair
+    logits = torch.cat([logits, torch.zeros_like(logits)]).requires_grad_()
+    x = torch.cat([x, x])
+    bernoulli_nll(logits, x).sum().backward()
+    torch.testing.assert_close(logits.grad, torch.sigmoid(logits.detach()) - x, rtol=0, atol=1e-6)
+
+
+@given(floats(20, 1e4), st.sampled_from([-1.0, 1.0]), floats(0, 1))
+def test_bce_far_out_has_the_exact_asymptote_and_gradient(size, sign, x):
+    logits = torch.tensor([[sign * size]], requires_grad=True)
+    loss = bernoulli_nll(logits, torch.tensor([[x]]))
+    loss.sum().backward()
+    # softplus(l) -> max(l, 0), so the loss is (1 - x) l for l > 0 and -x l for l < 0
+    expected = (1 - x) * size if sign > 0 else x * size
+    assert loss.item() == pytest.approx(expected, rel=1e-6, abs=1e-6 * size)
+    assert logits.grad.item() == pytest.approx((1.0 if sign > 0 else 0.0) - x, abs=1e-6)
+
+
+@given(tensors((-8, 8), (-12, 12), dtype=np.float64))
+def test_bce_is_smallest_where_the_sigmoid_of_the_logit_is_x(pair):
+    best, other = pair
+    x = torch.sigmoid(best)
+    assert (bernoulli_nll(best, x) <= bernoulli_nll(other, x) + 1e-9).all()
+    entropy = torch.distributions.Bernoulli(x).entropy().sum(dim=1)
+    torch.testing.assert_close(bernoulli_nll(best, x), entropy)
+
+
+@given(tensors((-10, 10), (0, 1), dtype=np.float64))
+def test_squared_error_is_a_gaussian_likelihood_up_to_a_constant(pair):
+    logits, x = pair
+    ours = squared_error(logits, x)
+    mse = F.mse_loss(torch.sigmoid(logits), x, reduction="none")
+    torch.testing.assert_close(ours, mse.sum(dim=1))
+    gaussian = torch.distributions.Normal(torch.sigmoid(logits), 0.5**0.5)
+    constant = x.shape[1] * 0.5 * math.log(math.pi)
+    torch.testing.assert_close(ours + constant, -gaussian.log_prob(x).sum(dim=1))
+
+
+# ------------------------------------------------------------------------ the loss
+
+
+@given(tensors((-8, 8), (0, 1)), tensors((-3, 3), (-3, 3)), floats(0, 100), st.randoms())
+def test_the_loss_is_recon_plus_beta_kl_summed_over_the_batch(pixels, code, beta, random):
+    batch = min(len(pixels[0]), len(code[0]))
+    logits, x, mu, logvar = (t[:batch] for t in (*pixels, *code))
+    total, recon, kl = vae_loss(logits, x, mu, logvar, beta)
+    torch.testing.assert_close(recon, bernoulli_nll(logits, x).sum())
+    torch.testing.assert_close(kl, kl_divergence_gaussian(mu, logvar).sum())
+    torch.testing.assert_close(total, recon + beta * kl)
+    torch.testing.assert_close(vae_loss(logits, x, mu, logvar)[0], recon + kl)
+
+    order = list(range(batch))
+    random.shuffle(order)
+    shuffled = vae_loss(logits[order], x[order], mu[order], logvar[order], beta)
+    alone = [vae_loss(*(t[i : i + 1] for t in (logits, x, mu, logvar)), beta) for i in order]
+    for part, other, singles in zip((total, recon, kl), shuffled, zip(*alone)):
+        torch.testing.assert_close(part, other, rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(part, torch.stack(singles).sum(), rtol=1e-4, atol=1e-3)
+
+
+def test_flat_logits_and_images_may_meet_but_sizes_must_agree():
+    x, mu = random_images(3), torch.zeros(3, 2)
+    logits = torch.randn(3, 784)
+    flat = vae_loss(logits, x.flatten(1), mu, mu)
+    torch.testing.assert_close(vae_loss(logits, x, mu, mu), flat)
+    for wrong in (torch.randn(3, 1, 24, 24), torch.randn(1, 784)):  # no silent broadcasting
+        with pytest.raises(RuntimeError):
+            vae_loss(wrong, x, mu, mu)
+
+
+# ---------------------------------------------------------------------- the models
+
+
+def test_parameter_counts_are_the_chapters():
+    counts = [sum(p.numel() for p in model().parameters()) for model in MODELS]
+    assert counts == [652_824, 772_801]
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+@settings(max_examples=12)
+@given(batch=st.integers(1, 9), latent_dim=st.integers(1, 40))
+def test_shapes_and_ranges(architecture, batch, latent_dim):
+    model, x = architecture(latent_dim=latent_dim), random_images(batch)
+    size = (batch, 784) if architecture is VAE else (batch, 1, 28, 28)
+    logits, mu, logvar = model(x)
+    assert logits.shape == size
+    assert mu.shape == logvar.shape == (batch, latent_dim)
+    z = model.reparameterize(mu, logvar)
+    decoded = model.decode(z)
+    torch.testing.assert_close(decoded, torch.sigmoid(model.decode_logits(z)))
+    samples = model.sample(batch)
+    assert decoded.shape == samples.shape == size
+    for images in (decoded, samples):
+        assert images.min() >= 0 and images.max() <= 1
+
+
+@settings(max_examples=12)
+@given(st.integers(1, 5), st.sampled_from([(1, 4), (3, 2)]))
+def test_other_image_sizes_and_channels(batch, channels_latents):
+    channels, latent_dim = channels_latents
+    conv = ConvVAE(input_channels=channels, latent_dim=latent_dim)
+    assert conv(torch.rand(batch, channels, 28, 28))[0].shape == (batch, channels, 28, 28)
+    mlp = VAE(input_dim=channels * 30, hidden_dim=8, latent_dim=latent_dim)
+    assert mlp(torch.rand(batch, channels, 5, 6))[0].shape == (batch, channels * 30)
+    assert VAEEncoder(30, 8, latent_dim)(torch.rand(batch, 30))[0].shape == (batch, latent_dim)
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+@settings(max_examples=12)
+@given(batch=st.integers(1, 5), beta=floats(0, 10))
+def test_model_loss_is_the_vae_loss_of_its_forward_pass(architecture, batch, beta):
+    model, x = architecture(), random_images(batch)
+    torch.manual_seed(3)
+    loss = model.loss(x, None, beta)
+    torch.manual_seed(3)
+    logits, mu, logvar = model(x)
+    torch.testing.assert_close(loss, vae_loss(logits, x, mu, logvar, beta))
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_the_codes_of_an_image_do_not_depend_on_its_batch(architecture):
+    model, x = architecture(), random_images(6)
+    mu, logvar = model.encode(x)
+    for i in range(6):
+        torch.testing.assert_close(model.encode(x[i : i + 1]), (mu[i : i + 1], logvar[i : i + 1]))
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_state_dict_round_trip(architecture):
+    model, other, x = architecture(), architecture(), random_images(2)
+    assert not torch.equal(model.encode(x)[0], other.encode(x)[0])
+    other.load_state_dict(copy.deepcopy(model.state_dict()))
+    z = torch.randn(2, model.latent_dim)
+    assert torch.equal(model.encode(x)[0], other.encode(x)[0])
+    assert torch.equal(model.decode(z), other.decode(z))
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+@pytest.mark.parametrize("logvar", [-1e6, -100.0, 100.0, 1e6])
+def test_loss_and_gradients_stay_finite_for_any_logvar_a_network_emits(architecture, logvar):
+    model = architecture(latent_dim=4)
+    head = model.encoder.fc_logvar if architecture is VAE else model.fc_logvar
+    with torch.no_grad():
+        head.bias.fill_(logvar)
+    total, recon, kl = model.loss(random_images(3), None)
+    total.backward()
+    assert torch.isfinite(torch.stack([total, recon, kl])).all()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_gradients_reach_every_parameter(architecture):
+    model = architecture()
+    model.loss(random_images(8), None)[0].backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+@pytest.mark.parametrize("architecture", MODELS)
+def test_overfits_64_images(architecture, drawn):
+    model, x = architecture(), drawn.images[:64] / 255
+    # The best constant picture costs about 200 nats an image here, more than a third of
+    # the loss at the start; a small beta lets a model get past it in few steps.
+    losses = overfit(model, x, steps=150, beta=0.1)
+    assert losses[-1] < 0.25 * losses[0]
+
+
+def test_decoding_is_deterministic_and_forward_draws():
+    model, x, z = VAE(), random_images(3), torch.randn(3, 20)
+    assert torch.equal(model.decode(z), model.decode(z))
+    assert torch.equal(model.encode(x)[0], model.encode(x)[0])
+    assert not torch.equal(model(x)[0], model(x)[0])

@@ -1,0 +1,154 @@
+"""The pictures: read back from their PNGs, against models whose output is known."""
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from PIL import Image
+
+import viz
+from data import Batches
+
+
+class Known(torch.nn.Module):
+    """A model with a linear decoder, and codes that are the first pixels."""
+
+    def __init__(self, latent_dim=2, shape=(1, 4, 4), kl=None):
+        super().__init__()
+        self.latent_dim, self.shape, self.kl = latent_dim, shape, kl
+        self.weight = torch.nn.Parameter(torch.randn(latent_dim, int(np.prod(shape))))
+
+    def encode(self, x):
+        mu = x.flatten(1)[:, : self.latent_dim]
+        if self.kl is not None:  # KL = mu^2 / 2 where sigma = 1
+            mu = torch.tensor(self.kl).mul(2).sqrt().expand(len(x), -1)
+        return mu, torch.zeros_like(mu)
+
+    def decode(self, z):
+        return (z @ self.weight).view(-1, *self.shape)
+
+    def sample(self, num_samples, device=None):
+        return self.decode(torch.rand(num_samples, self.latent_dim))
+
+
+def read_tiles(path, rows, columns, side, scale, gap=2):
+    """The images of a figure that save_tiles has drawn: (rows * columns, side, side, 3)."""
+    picture = torch.from_numpy(np.array(Image.open(path).convert("RGB")))
+    step = (side + gap) * scale
+    height, width = rows * step - gap * scale, columns * step - gap * scale
+    right = picture.shape[1] - round(0.06 * viz.DPI)
+    bottom = picture.shape[0] - round(0.06 * viz.DPI)
+    area = picture[bottom - height : bottom, right - width : right]
+    middle = scale // 2
+    return torch.stack([
+        area[r * step + middle : r * step + side * scale : scale,
+             c * step + middle : c * step + side * scale : scale]
+        for r in range(rows) for c in range(columns)
+    ])
+
+
+@settings(max_examples=10)
+@given(st.integers(1, 12), st.integers(1, 5), st.sampled_from([1, 3]), st.integers(3, 9))
+def test_figures_show_every_pixel_at_its_place(tmp_path_factory, n, columns, channels, side):
+    path = tmp_path_factory.mktemp("figure") / "tiles.png"
+    images = torch.randint(256, (n, channels, side, side)) / 255
+    viz.save_tiles(images, columns, path, scale=3)
+    rows = -(-n // columns)
+    shown = read_tiles(path, rows, columns, side, 3)
+    expected = (images.expand(-1, 3, -1, -1) * 255).round().permute(0, 2, 3, 1)
+    assert (shown[:n] - expected).abs().max() <= 1
+    assert (shown[n:] == 255).all()
+
+
+@given(st.integers(1, 6), st.integers(2, 12))
+def test_interpolation_has_its_ends_exactly_and_is_linear(latent_dim, steps):
+    model = Known(latent_dim)
+    start, end = torch.randn(2, latent_dim)
+    images = viz.interpolate_latent_space(model, start, end, steps)
+    assert images.shape == (steps, 1, 4, 4)
+    torch.testing.assert_close(images[:1], model.decode(start[None]))
+    torch.testing.assert_close(images[-1:], model.decode(end[None]))
+    differences = images.diff(dim=0)
+    torch.testing.assert_close(differences, differences[:1].expand_as(differences))
+
+    codes = []
+    model.decode = lambda z: codes.append(z) or torch.zeros(len(z), 1, 4, 4)
+    viz.interpolate_latent_space(model, start, end, steps)
+    assert torch.equal(codes[0][0], start) and torch.equal(codes[0][-1], end)
+
+
+def test_the_manifold_has_equal_steps_in_probability_right_and_up(tmp_path):
+    codes = []
+
+    class Ramp(torch.nn.Module):
+        """A picture as bright as the probability below z_1, plus that below z_2."""
+
+        def decode(self, z):
+            codes.append(z)
+            share = torch.special.ndtr(z)
+            return (0.25 * share[:, :1] + 0.75 * share[:, 1:]).expand(-1, 9)
+
+    viz.visualize_latent_manifold(Ramp(), "cpu", tmp_path / "m.png", n=5, digit_size=3)
+    shares = torch.special.ndtr(codes[0]).view(5, 5, 2)
+    middles = (torch.arange(5) + 0.5) / 5
+    torch.testing.assert_close(shares[0, :, 0], middles)
+    torch.testing.assert_close(shares[:, 0, 1], middles.flip(0))
+    picture = read_tiles(tmp_path / "m.png", 5, 5, 3, 2, gap=0)[:, 0, 0, 0].view(5, 5).float()
+    expected = 255 * (0.25 * middles[None, :] + 0.75 * middles.flip(0)[:, None])
+    assert (picture - expected).abs().max() <= 1
+
+
+def test_traversals_are_ordered_by_kl_and_move_one_latent_at_a_time(tmp_path, drawn):
+    model = Known(3, (1, 28, 28), kl=[0.5, 2.0, 0.0])
+    codes = []
+    decode = model.decode
+    model.decode = lambda z: codes.append(z) or decode(z).sigmoid()
+    loader = Batches(drawn.images[:50], drawn.labels[:50], 20)
+    viz.visualize_traversals(model, loader, "cpu", tmp_path / "t.png", num_steps=5)
+    z = codes[0].view(3, 5, 3)
+    mu = model.encode(torch.zeros(1, 1))[0][0]
+    for row, moved in enumerate([1, 0, 2]):
+        torch.testing.assert_close(z[row, :, moved], torch.linspace(-2.5, 2.5, 5))
+        still = [j for j in range(3) if j != moved]
+        torch.testing.assert_close(z[row][:, still], mu[still].expand(5, 2))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_reconstructions_and_interpolations_show_the_inputs(tmp_path, channels):
+    images = torch.randint(256, (6, channels, 28, 28), dtype=torch.uint8)
+    loader = Batches(images, torch.arange(6), 6)
+    model = Known(2, (channels, 28, 28))
+    decode = model.decode
+    model.decode = lambda z: decode(z).sigmoid()
+    x = images / 255
+    expected = (torch.cat([x, model.decode(model.encode(x)[0])]) * 255).round()
+    viz.visualize_reconstruction(model, loader, "cpu", tmp_path / "r.png", num_samples=6)
+    shown = read_tiles(tmp_path / "r.png", 2, 6, 28, 3).permute(0, 3, 1, 2)
+    assert (shown - expected).abs().max() <= 1
+    viz.visualize_interpolation(model, loader, "cpu", tmp_path / "i.png", num_pairs=2, num_steps=4)
+    shown = read_tiles(tmp_path / "i.png", 2, 6, 28, 3).permute(0, 3, 1, 2)
+    for tile, image in ((0, 0), (5, 1), (6, 2), (11, 3)):  # the ends of the rows
+        assert (shown[tile] - expected[image]).abs().max() <= 1
+    for tile, image in ((1, 0), (4, 1), (7, 2), (10, 3)):  # and their reconstructions
+        assert (shown[tile] - expected[6 + image]).abs().max() <= 1
+
+
+def test_the_scatter_plots_every_class_in_its_own_colour(tmp_path, drawn):
+    model = Known(2, (1, 28, 28))
+    model.encode = lambda x: x.flatten(1)[:, :2] + torch.randn(len(x), 2)  # as an autoencoder's
+    loader = Batches(drawn.images[:300], drawn.labels[:300], 100)
+    viz.visualize_latent_space_2d(model, loader, "cpu", tmp_path / "s.png", note="a note")
+    pixels = np.array(Image.open(tmp_path / "s.png").convert("RGB")).reshape(-1, 3)
+    for colour in viz.matplotlib.colormaps["tab10"].colors:  # solid in the legend
+        assert (np.abs(pixels - np.array(colour) * 255).max(axis=1) < 2).sum() > 20
+
+
+def test_a_note_is_printed_on_the_figure(tmp_path):
+    images = torch.zeros(1, 1, 28, 28)
+    for name, note in (("with", "built-in digits, not mnist"), ("without", "")):
+        viz.save_tiles(images, 1, tmp_path / name, note, scale=20)
+    with_note, without = (np.array(Image.open(tmp_path / n).convert("RGB")).astype(int)
+                          for n in ("with", "without"))
+    red = lambda p: ((p[..., 0] - p[..., 1]) > 80).sum()  # noqa: E731
+    assert red(with_note) > 50 and red(without) == 0

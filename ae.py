@@ -1,7 +1,7 @@
 """The autoencoder, and what goes wrong when one samples from it (chapter 2.1).
 
     python ae.py                      an autoencoder and a VAE, side by side, on MNIST
-    python ae.py --dataset digits --epochs 3
+    python ae.py --dataset digits     the options are those of train.py
 
 An autoencoder squeezes an image through a small code and learns to undo it. Nothing
 tells it where in the latent space the codes should lie, so nobody can say which
@@ -58,10 +58,11 @@ class Autoencoder(nn.Module):
         recon = (images.flatten(1) - x_recon).pow(2).sum()
         return recon, recon, torch.zeros_like(recon)
 
+    @torch.no_grad()
     def sample(self, num_samples: int, device: torch.device | str | None = None) -> Tensor:
         """Decode draws from N(0, I), as a VAE does. Nothing has made these draws codes."""
         device = device or next(self.parameters()).device
-        return self.decode(torch.randn(num_samples, self.latent_dim, device=device))
+        return self.decode(torch.randn(num_samples, self.latent_dim).to(device))
 
 
 # ------------------------------------------------------------- the demonstration
@@ -71,8 +72,9 @@ class Autoencoder(nn.Module):
 def compare(models: dict[str, nn.Module], images: Tensor, path: str, note: str = "") -> None:
     """Print and draw where the codes of the models lie, and what noise decodes into.
 
-    models: name -> trained model; images: (n, channels, height, width) in [0, 1]. The
-    codes of a VAE are draws from q(z|x), as its decoder gets them.
+    models: name -> trained model, on the CPU, all of one latent_dim; images: at least 6,
+    (n, channels, height, width) in [0, 1]. The codes of a VAE are draws from q(z|x), as
+    its decoder gets them.
     """
     from matplotlib.figure import Figure
 
@@ -81,7 +83,7 @@ def compare(models: dict[str, nn.Module], images: Tensor, path: str, note: str =
 
     figure = Figure(figsize=(7, 5.6), layout="constrained")
     panels = figure.subplots(4, len(models), height_ratios=(4, 3, 3, 3), sharey="row")
-    statistics = {}
+    statistics, noise = {}, torch.randn(24, next(iter(models.values())).latent_dim)
     for (name, model), axes in zip(models.items(), panels.T):
         codes = model.encode(images)
         z = reparameterize(*codes) if isinstance(codes, tuple) else codes
@@ -89,7 +91,6 @@ def compare(models: dict[str, nn.Module], images: Tensor, path: str, note: str =
         error = (images.flatten(1) - model.decode(z)).pow(2).sum(dim=1).mean()
         statistics[name] = mean, std, error
 
-        noise = torch.randn(24, model.latent_dim)
         ends = mean_codes(model, images[:6])
         steps = [interpolate_latent_space(model, ends[i], ends[i + 1], 8) for i in (0, 2, 4)]
         axes[0].axhspan(-1, 1, color="tab:green", alpha=0.3, linewidth=0)
@@ -121,6 +122,8 @@ def main(argv: list[str] | None = None) -> None:
 
     argv = sys.argv[1:] if argv is None else argv
     args = train.parse_args(argv, __doc__)
+    if args.model != "mlp" or args.beta != 1:
+        raise train.UserError("ae.py trains --model ae and mlp, --beta 1: leave these options out")
     models = {}
     for name, title in (("ae", "autoencoder"), ("mlp", "VAE")):
         out = ["--out", f"{args.out}/{name}"] if args.out else []

@@ -21,7 +21,6 @@ import math
 import os
 import sys
 import urllib.request
-import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -201,7 +200,9 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
                 shape = np.frombuffer(read_exactly(file, 4 * ndim), ">u4").tolist()
                 content = read_exactly(file, math.prod(shape))
                 if file.read(1):  # reading to the end also verifies the gzip checksum
-                    raise UserError(f"{path}: goes on after the {shape} bytes that it declares")
+                    raise UserError(
+                        f"{path}: goes on after the {math.prod(shape)} bytes that it declares"
+                    )
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: is damaged or cut short ({error}): fetch it again") from error
     return np.frombuffer(content, np.uint8).reshape(shape)
@@ -352,12 +353,12 @@ def load_digits(name: str, root: Path) -> tuple[Split, Split]:
     """
     # A cache is good for this very file only, so that an edited glyph is seen at once.
     recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-    arrays = None
+    keys, arrays = ["images", "labels", "class", "glyph", *DIGIT_FACTORS], None
     for folder in (root, PROJECT_DATA):
-        with contextlib.suppress(OSError, ValueError, KeyError, zipfile.BadZipFile):
+        with contextlib.suppress(Exception):  # a damaged cache is drawn anew, however damaged
             cache = dict(np.load(folder / "digits.npz"))
             if cache.pop("recipe") == recipe:
-                arrays = {key: torch.from_numpy(values) for key, values in cache.items()}
+                arrays = {key: torch.from_numpy(cache[key]) for key in keys}
                 break
     if arrays is None:
         print("drawing 70,000 digits, once (some seconds)", flush=True)

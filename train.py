@@ -7,7 +7,7 @@
     python train.py --out runs/long --epochs 50 --resume      begin it, or go on with it
 
 A run is a folder: config.json (what was asked), history.csv (a row an epoch, nats per
-image), checkpoint.pt (the model), and the figures, which viz.py draws.
+image; for ae squared errors), checkpoint.pt (the model), and the figures of viz.py.
 """
 
 import argparse
@@ -34,6 +34,7 @@ from vae import VAE, ConvVAE
 
 MODELS = {"ae": Autoencoder, "mlp": VAE, "conv": ConvVAE}
 
+RUN_FILES = ("config.json", "checkpoint.pt")
 # What decides a run's numbers; --resume insists that none of it has changed.
 SETTINGS = ("model", "dataset", "latent_dim", "beta", "batch_size", "lr", "seed")
 
@@ -51,7 +52,8 @@ def train_epoch(
     """One pass over the data, one optimizer step a batch.
 
     train_loader: any iterable of (images, labels), images float in [0, 1]. Returns the
-    mean (loss, recon, kl) per image, in nats, every batch measured before its step.
+    mean (loss, recon, kl) per image in the units of model.loss (nats), every batch
+    measured before its step.
     """
     model.train()
     sums, count = torch.zeros(3, dtype=torch.float64, device=device), 0
@@ -73,7 +75,7 @@ def train_epoch(
 def test_epoch(
     model: nn.Module, test_loader: Iterable, device: torch.device | str, beta: float = 1.0
 ) -> tuple[float, float, float]:
-    """The mean (loss, recon, kl) per image, in nats, in evaluation mode, no step taken."""
+    """The mean (loss, recon, kl) per image as `train_epoch`, in evaluation mode, no steps."""
     model.eval()
     sums, count = torch.zeros(3, dtype=torch.float64, device=device), 0
     for images, labels in test_loader:
@@ -117,17 +119,18 @@ def open_run(out: str | None, resume: bool, name: str) -> Path:
     """Make the folder of a run: out, or a new one in runs/. Never another run's."""
     if out is not None:
         folder = Path(out)
-        if (folder / "config.json").exists() and not resume:
+        if not resume and any((folder / name).exists() for name in RUN_FILES):
             raise UserError(
                 f"--out {folder}: holds a run already; add --resume to go on with it, "
                 "or name another folder"
             )
         folder.mkdir(parents=True, exist_ok=True)
         return folder
+    Path("runs").mkdir(exist_ok=True)
     for number in itertools.count(1):
         folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
         try:
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return folder
         except FileExistsError:
             continue
@@ -147,8 +150,10 @@ def save_run(
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
+    content = io.BytesIO()  # torch.save would hide a full disk behind an error of its own
+    torch.save(checkpoint, content)
     with write_atomically(folder / "checkpoint.pt") as file:
-        torch.save(checkpoint, file)
+        file.write(content.getbuffer())
     table = io.StringIO()
     writer = csv.DictWriter(table, history[0], lineterminator="\n")
     writer.writeheader()
@@ -162,7 +167,7 @@ def load_run(folder: str | Path) -> tuple[nn.Module, dict]:
 
     Raises UserError if a file is missing or damaged, or if they are not of one run.
     """
-    config_path, path = Path(folder) / "config.json", Path(folder) / "checkpoint.pt"
+    config_path, path = (Path(folder) / name for name in RUN_FILES)
     for file in (config_path, path):
         if not file.is_file():
             raise UserError(f"{file} is missing: {folder} holds no trained run")
@@ -208,6 +213,8 @@ def run_cli(main: Callable[[], object]) -> NoReturn:
         message = str(error)
     except OSError as error:
         message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    except torch.OutOfMemoryError:
+        message = "the GPU's memory is full: take a smaller --batch-size or --latent-dim"
     except KeyboardInterrupt:
         sys.exit(130)
     else:
@@ -216,13 +223,13 @@ def run_cli(main: Callable[[], object]) -> NoReturn:
     sys.exit(2)
 
 
-def number(kind: type, low: float, high: float = 1e9) -> Callable[[str], float]:
+def number(kind: type, low: float, high: float = 10**9) -> Callable[[str], float]:
     """An argparse type: a number from low to high, so neither inf nor nan."""
 
     def parse(text: str) -> float:
         value = kind(text)
         if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
+            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
         return value
 
     parse.__name__ = kind.__name__  # for argparse's own message: "invalid int value"
@@ -250,8 +257,10 @@ def parse_args(argv: list[str] | None, description: str = __doc__) -> argparse.N
     add("--data-dir", metavar="DIR",
         help="where the datasets are (default: $VAE_DATA_DIR, else data/ beside train.py)")
     add = parser.add_argument_group("training").add_argument
-    add("--epochs", type=number(int, 1), default=10, metavar="N", help="(default: 10)")
-    add("--batch-size", type=number(int, 1), default=128, metavar="N", help="(default: 128)")
+    add("--epochs", type=number(int, 1), default=10, metavar="N",
+        help="passes over the training images (default: 10)")
+    add("--batch-size", type=number(int, 1), default=128, metavar="N",
+        help="images a step (default: 128)")
     add("--lr", type=number(float, 0), default=2e-3, metavar="LR",
         help="learning rate of Adam (default: 0.002)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N",
@@ -263,7 +272,7 @@ def parse_args(argv: list[str] | None, description: str = __doc__) -> argparse.N
         help="folder of the run (default: a new one, runs/DATASET-MODEL...)")
     add("--resume", action="store_true",
         help="go on with the run in --out after its last finished epoch, or begin it; "
-        "takes the same options, of which only --epochs may differ")
+        "takes the options that it was begun with, or a larger --epochs")
     args = parser.parse_args(argv)
     if args.resume and args.out is None:
         parser.error("--resume needs --out DIR, the run to go on with")
@@ -329,10 +338,12 @@ def main(argv: list[str] | None = None) -> Path:
     name += f"-beta{args.beta:g}" if args.beta != 1 else ""
     name += f"-latent{args.latent_dim}" if args.latent_dim else ""
     folder = open_run(args.out, args.resume, name)
-    checkpoint = None
+    checkpoint, history = None, []
     if args.resume and (folder / "checkpoint.pt").exists():
         model, checkpoint = load_run(folder)
         check_settings(folder, checkpoint["config"], config)
+        history = checkpoint["history"]
+        config = checkpoint["config"] | {"epochs": max(args.epochs, len(history))}
     with write_atomically(folder / "config.json") as file:
         file.write(json.dumps(config, indent=2).encode() + b"\n")
 
@@ -340,7 +351,7 @@ def main(argv: list[str] | None = None) -> Path:
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
-    history = checkpoint["history"] if checkpoint else []
+        save_run(folder, config, model, optimizer, history)
     images, labels, _ = train_split
     train_loader = Batches(images.to(device), labels.to(device), args.batch_size, shuffle=True)
     images, labels, _ = test_split
@@ -348,7 +359,7 @@ def main(argv: list[str] | None = None) -> Path:
     print(
         f"{args.model} with {config['parameters']:,} parameters on {dataset}, "
         f"{len(train_split.images):,} + {len(test_split.images):,} images, {config['device']}. "
-        f"Losses in nats per image. Run: {folder}",
+        f"Losses: {'squared error' if args.model == 'ae' else 'nats'} per image. Run: {folder}",
         flush=True,
     )
     for epoch in range(len(history) + 1, args.epochs + 1):
@@ -361,8 +372,9 @@ def main(argv: list[str] | None = None) -> Path:
         seconds = time.monotonic() - start
         if not all(map(math.isfinite, train + test)):
             raise UserError(
-                f"{folder}: the loss became {train[0]} in epoch {epoch}; try a smaller --lr. "
-                "The epochs before it are kept"
+                f"{folder}: in epoch {epoch} the loss is no longer finite (train {train[0]:g}, "
+                f"test {test[0]:g}), and the run keeps its {len(history)} epochs before that; "
+                "try a smaller --lr"
             )
         row = {"epoch": epoch, "beta": args.beta}
         row |= zip(("train_loss", "train_recon", "train_kl"), train)
@@ -380,8 +392,8 @@ def main(argv: list[str] | None = None) -> Path:
 
     draw_run(folder, model, config, history, test_loader)
     print(f"saved in {folder}: {' '.join(sorted(path.name for path in folder.iterdir()))}")
-    if notice:
-        print(f"*** REMEMBER: these are the {notice.upper()}. ***")
+    if config["notice"]:
+        print(f"*** REMEMBER: these are the {config['notice'].upper()}. ***")
     return folder
 
 

@@ -9,7 +9,7 @@ q(z|x) = N(mu, diag(sigma^2)), and training maximises a lower bound of log p(x):
 
 Everything here works with the negative ELBO, a loss to be minimised, in nats:
 
-    total = recon + beta * KL        (beta = 1: exactly -ELBO)
+    total = recon + beta * KL        (beta = 1: -ELBO, estimated from one draw of z)
 
 Sources: Kingma & Welling 2013 (arXiv:1312.6114); Rezende, Mohamed & Wierstra
 2014 (arXiv:1401.4082); for beta, Higgins et al. 2017.
@@ -52,15 +52,18 @@ def kl_divergence_gaussian(mu: Tensor, logvar: Tensor) -> Tensor:
     return 0.5 * (mu.pow(2) + torch.expm1(logvar) - logvar).sum(dim=1)
 
 
-def bernoulli_nll(x_logits: Tensor, x: Tensor) -> Tensor:
-    """Binary cross-entropy -log p(x|z) from logits, per image: (batch,), nats.
+def bce_from_logits(x_logits: Tensor, x: Tensor) -> Tensor:
+    """Binary cross-entropy per image, summed over its pixels: (batch,), nats.
 
-    x_logits and x, in [0, 1], hold the same images, flat or not. With the pixel
-    mean p = sigmoid(l), the cross-entropy is -x log p - (1 - x) log(1 - p). Since
+    x: images in [0, 1]; x_logits: as many logits, any real numbers, flat or not. For
+    pixels of 0 and 1 it is -log p(x|z) of Bernoulli pixels with mean sigmoid(x_logits).
+    On grey pixels it still has its minimum at the right mean, but it is no likelihood.
+
+    With p = sigmoid(l) the cross-entropy is -x log p - (1 - x) log(1 - p). Since
     log p = l - softplus(l) and log(1 - p) = -softplus(l), with
-    softplus(l) = log(1 + e^l), this is softplus(l) - x l: finite, with the exact
-    gradient sigmoid(l) - x, for every finite logit. Through the sigmoid itself it
-    would break: in float32 sigmoid(17) is 1, and 1 - p is 0.
+    softplus(l) = log(1 + e^l), this is softplus(l) - x l: finite for every finite
+    logit, with the exact gradient sigmoid(l) - x. Through the sigmoid itself it would
+    break: in float32 sigmoid(17) is 1, so log(1 - p) is -inf.
     """
     x = x.reshape(x_logits.shape)
     return (F.softplus(x_logits) - x * x_logits).flatten(1).sum(dim=1)
@@ -79,13 +82,13 @@ def squared_error(x_logits: Tensor, x: Tensor) -> Tensor:
 def vae_loss(
     x_logits: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, beta: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The negative ELBO with KL weight beta: (total, recon, kl), summed over the batch.
+    """The negative ELBO, its KL weighted by beta: (total, recon, kl), summed over the batch.
 
     x_logits, x: the same images, (batch, ...); mu, logvar: (batch, latent_dim).
     Three scalars in nats, total = recon + beta * kl. recon is a one-sample
-    Monte Carlo estimate of -E_q[log p(x|z)]; kl is exact.
+    Monte Carlo estimate of -E_q(z|x)[log p(x|z)]; kl is exact.
     """
-    recon = bernoulli_nll(x_logits, x).sum()
+    recon = bce_from_logits(x_logits, x).sum()
     kl = kl_divergence_gaussian(mu, logvar).sum()
     return recon + beta * kl, recon, kl
 
@@ -135,13 +138,15 @@ class GaussianVAE(nn.Module):
         x_logits, mu, logvar = self(images)
         return vae_loss(x_logits, images, mu, logvar, beta)
 
+    @torch.no_grad()
     def sample(self, num_samples: int, device: torch.device | str | None = None) -> Tensor:
         """Draw z from the prior and decode it: (num_samples, ...), pixel means in [0, 1].
 
-        device: where to draw z; by default where the model is.
+        device: where the model is, if it is not to be looked up.
         """
         device = device or next(self.parameters()).device
-        return self.decode(torch.randn(num_samples, self.latent_dim, device=device))
+        # Drawn on the CPU, so a seed gives the same codes whatever the device.
+        return self.decode(torch.randn(num_samples, self.latent_dim).to(device))
 
 
 class VAE(GaussianVAE):
@@ -173,25 +178,31 @@ class ConvVAE(GaussianVAE):
         super().__init__()
         self.latent_dim = latent_dim
         self.encoder_conv = nn.Sequential(
-            nn.Conv2d(input_channels, 32, kernel_size=4, stride=2, padding=1),  # 28 -> 14
+            # 28 -> 14
+            nn.Conv2d(input_channels, 32, kernel_size=4, stride=2, padding=1),
             nn.ReLU(),
-            nn.Conv2d(32, 64, kernel_size=4, stride=2, padding=1),  # 14 -> 7
+            # 14 -> 7
+            nn.Conv2d(32, 64, kernel_size=4, stride=2, padding=1),
             nn.ReLU(),
-            nn.Conv2d(64, 128, kernel_size=4, stride=2, padding=1),  # 7 -> 3
+            # 7 -> 3
+            nn.Conv2d(64, 128, kernel_size=4, stride=2, padding=1),
             nn.ReLU(),
         )
         self.fc_mu = nn.Linear(128 * 3 * 3, latent_dim)
         self.fc_logvar = nn.Linear(128 * 3 * 3, latent_dim)
         self.decoder_fc = nn.Linear(latent_dim, 128 * 3 * 3)
-        # 7 -> 3 lost half a pixel to rounding; output_padding=1 gives it back.
-        # Without it the decoder goes 3 -> 6 -> 12 -> 24 and never reaches 28.
+        # On its way down, 7 / 2 was rounded to 3; output_padding=1 makes up for it.
+        # Without it this goes 3 -> 6 -> 12 -> 24, and the image is too small.
         self.decoder_conv = nn.Sequential(
+            # 3 -> 7
             nn.ConvTranspose2d(128, 64, kernel_size=4, stride=2, padding=1, output_padding=1),
-            nn.ReLU(),  # 3 -> 7
+            nn.ReLU(),
+            # 7 -> 14
             nn.ConvTranspose2d(64, 32, kernel_size=4, stride=2, padding=1),
-            nn.ReLU(),  # 7 -> 14
+            nn.ReLU(),
+            # 14 -> 28
             nn.ConvTranspose2d(32, input_channels, kernel_size=4, stride=2, padding=1),
-        )  # 14 -> 28
+        )
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (batch, channels, 28, 28) -> mu, logvar: (batch, latent_dim)."""

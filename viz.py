@@ -6,6 +6,7 @@ The functions take a model that is already trained, and the path of the PNG to w
 `note` is printed at the foot of a figure. No window is opened.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -29,10 +30,11 @@ matplotlib.rcParams["font.size"] = 8
 
 
 def as_images(x: Tensor) -> Tensor:
-    """(n, pixels) of square grey images, or (n, channels, height, width), as the latter."""
+    """Flat square images, grey or RGB, as (n, channels, side, side); others unchanged."""
     if x.dim() == 2:
-        side = round(x.shape[1] ** 0.5)
-        x = x.view(-1, 1, side, side)
+        channels = 1 if math.isqrt(x.shape[1]) ** 2 == x.shape[1] else 3
+        side = math.isqrt(x.shape[1] // channels)
+        x = x.view(-1, channels, side, side)
     return x
 
 
@@ -116,19 +118,19 @@ def visualize_samples(
 ) -> None:
     """Decoded draws from the prior: what the model has learned to imagine."""
     model.eval()
-    columns = int(np.ceil(num_samples**0.5))
+    columns = math.ceil(num_samples**0.5)
     save_tiles(model.sample(num_samples, device), columns, path, note)
 
 
 def visualize_training(history: list[dict], path, note: str = "") -> None:
-    """Loss, reconstruction and KL per epoch, training and test, from a run's history."""
+    """Loss, reconstruction and KL per epoch (nats; squared errors for an autoencoder)."""
     epochs = [row["epoch"] for row in history]
     figure = Figure(figsize=(8, 2.8), layout="constrained")
     panels = figure.subplots(1, 3)
     for axes, term in zip(panels, ("loss", "recon", "kl")):
         for split, style in (("train", ".--"), ("test", ".-")):
             axes.plot(epochs, [row[f"{split}_{term}"] for row in history], style, label=split)
-        axes.set(xlabel="epoch", title=f"{term}, nats per image")
+        axes.set(xlabel="epoch", title=f"{term} per image")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     panels[0].legend()
@@ -238,8 +240,9 @@ def visualize_traversals(
 ) -> None:
     """Move one latent at a time, the others at the code of the first test image.
 
-    A row a latent, the num_dims with the largest KL (mean over the test set, nats),
-    largest first. A latent with a KL near 0 is not used, and its row does not change.
+    A row a latent, ordered by KL (nats, mean over the test set): the num_dims - 1 with
+    the largest, and the one with the smallest. Where that is near 0, the decoder does not
+    use the latent, and the row does not change.
     """
     model.eval()
     kl = []
@@ -248,7 +251,8 @@ def visualize_traversals(
         each = kl_divergence_gaussian(mu.reshape(-1, 1), logvar.reshape(-1, 1))
         kl.append(each.view(mu.shape))
     kl = torch.cat(kl).mean(dim=0)
-    order = kl.argsort(descending=True)[:num_dims].tolist()
+    order = kl.argsort(descending=True).tolist()
+    order = order[: num_dims - 1] + order[num_dims - 1 :][-1:]
     values = torch.linspace(-2.5, 2.5, num_steps, device=device)
     z = mean_codes(model, first_images(test_loader, device, 1)).repeat(len(order), num_steps, 1)
     for row, j in enumerate(order):

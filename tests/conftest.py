@@ -11,7 +11,9 @@ from pathlib import Path
 import hypothesis
 import numpy as np
 import pytest
-import torch
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests run on the CPU, also where there is a GPU
+import torch  # noqa: E402
 
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))

@@ -8,7 +8,15 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import train
 from ae import Autoencoder
-from vae import VAE, ConvVAE, VAEEncoder, kl_divergence_gaussian, reparameterize, vae_loss
+from vae import (
+    VAE,
+    ConvVAE,
+    VAEEncoder,
+    bce_from_logits,
+    kl_divergence_gaussian,
+    reparameterize,
+    vae_loss,
+)
 from viz import (
     interpolate_latent_space,
     visualize_interpolation,
@@ -111,6 +119,16 @@ def test_section_2_5_and_2_6_training_and_pictures(loaders, tmp_path):
     )
     visualize_latent_manifold(model_2d, device, n=20, digit_size=28, path=tmp_path / "5.png")
     assert all((tmp_path / f"{i}.png").stat().st_size > 2000 for i in range(1, 6))
+
+
+def test_section_2_5_cross_entropy_is_a_likelihood_of_binary_pixels_only():
+    """exp(-BCE) sums to 1 over the pixel values {0, 1}; over [0, 1] it does not integrate to 1."""
+    grey = torch.linspace(0, 1, 1001)[:, None]
+    for logit in (-3.0, 0.0, 1.0):
+        logits = torch.full((1001, 1), logit)
+        likelihood = torch.exp(-bce_from_logits(logits, grey))
+        assert likelihood[0] + likelihood[-1] == pytest.approx(1, abs=1e-6)
+        assert torch.trapezoid(likelihood, dx=1e-3).item() < 0.6
 
 
 def test_section_2_5_the_loop_trains_convolutional_models_too(loaders):

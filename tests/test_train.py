@@ -1,6 +1,7 @@
 """The loop of train.py as functions, and its command line as a user runs it."""
 
 import csv
+import errno
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import torch
 from conftest import PROJECT, assert_user_error, run_here, run_script
 from torch.utils.data import DataLoader, TensorDataset
 
+import ae
 import train
 import viz
 from ae import Autoencoder
@@ -39,6 +41,33 @@ def test_an_epoch_of_training_lowers_the_test_loss(architecture, loader):
     trained = train.train_epoch(model, loader, optimizer, "cpu")
     after = train.test_epoch(model, loader, "cpu")
     assert after[0] < trained[0] < before[0]
+
+
+@pytest.mark.parametrize("beta", [0.0, 1.0, 4.0])
+def test_a_step_follows_the_gradient_of_the_mean_loss_with_its_beta(beta):
+    """One parameter w, recon = sum of w x, kl = batch x w^2: SGD steps known by hand."""
+
+    class Toy(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.tensor(2.0))
+
+        def loss(self, images, labels, beta):
+            assert self.training
+            recon, kl = (self.w * images).sum(), len(images) * self.w**2
+            return recon + beta * kl, recon, kl
+
+    model = Toy().eval()
+    batches = [(torch.full((n, 1), x), torch.zeros(n)) for n, x in ((4, 1.0), (4, 3.0), (2, 5.0))]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss, recon, kl = train.train_epoch(model, batches, optimizer, "cpu", beta)
+    w, sums = 2.0, [0.0, 0.0]
+    for n, x in ((4, 1.0), (4, 3.0), (2, 5.0)):
+        sums = [sums[0] + n * w * x, sums[1] + n * w**2]
+        w -= 0.1 * (x + beta * 2 * w)
+    assert model.w.item() == pytest.approx(w, rel=1e-5)
+    assert (recon, kl) == pytest.approx((sums[0] / 10, sums[1] / 10), rel=1e-5)
+    assert loss == pytest.approx(recon + beta * kl, rel=1e-5)
 
 
 def test_losses_are_means_per_image_whatever_the_batches(drawn):
@@ -76,10 +105,15 @@ def test_a_torch_dataloader_is_as_good(drawn, loader):
 
 def test_testing_changes_nothing_and_uses_evaluation_mode(loader):
     model = torch.nn.Sequential(torch.nn.Dropout())  # a module that the mode changes
-    model.loss = lambda images, labels, beta: (modes.append(model.training), images.sum())[1:] * 3
     modes = []
+
+    def loss(images, labels, beta):
+        modes.append((model.training, torch.is_grad_enabled()))
+        return images.sum(), images.sum(), images.sum()
+
+    model.loss = loss
     train.test_epoch(model, loader, "cpu")
-    assert modes == [False] * len(loader)
+    assert modes == [(False, False)] * len(loader)
     vae = VAE()
     before = {name: value.clone() for name, value in vae.state_dict().items()}
     train.test_epoch(vae, loader, "cpu")
@@ -169,12 +203,46 @@ def test_a_resumed_run_gives_the_numbers_of_an_uninterrupted_one(tmp_path, mnist
     assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
 
 
+def test_main_shuffles_training_images_only_and_finds_data_by_the_environment(
+    tmp_path, mnist_root, monkeypatch
+):
+    def batches(images, labels, batch_size, shuffle=False):
+        made.append((len(images), shuffle))
+        return Batches(images, labels, batch_size, shuffle)
+
+    made = []
+    monkeypatch.setattr(train, "Batches", batches)
+    monkeypatch.setenv("VAE_DATA_DIR", str(mnist_root))
+    train.main(["--epochs", "1", "--out", str(tmp_path / "run")])
+    assert made == [(1000, True), (300, False)]
+    monkeypatch.setenv("VAE_DATA_DIR", str(tmp_path / "nowhere"))
+    assert_user_error(run_here(train.main), "nowhere")
+
+
+def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, mnist_root, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = tmp_path / "run"
+    run_train("--out", folder, root=mnist_root)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    options = ["--data-dir", mnist_root, "--out", folder, "--resume", "--epochs", 3]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert_user_error(run_here(train.main, *options), "No space left")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert run_here(train.main, *options).returncode == 0 and len(read_history(folder)) == 3
+
+
 def test_resume_refuses_another_run(tmp_path, mnist_root):
     folder = tmp_path / "run"
     run_train("--out", folder, root=mnist_root)
     before = {path: path.read_bytes() for path in folder.iterdir()}
     common = ["--data-dir", mnist_root, "--out", folder]
     assert_user_error(run_here(train.main, *common), str(folder), "--resume")
+    (folder / "config.json").rename(tmp_path / "aside")
+    assert_user_error(run_here(train.main, *common), str(folder), "--resume")
+    (tmp_path / "aside").rename(folder / "config.json")
     for option, value, word in (
         ("--model", "conv", "model mlp"),
         ("--beta", 4, "beta 1.0"),
@@ -200,6 +268,12 @@ def test_fallback_is_said_everywhere_and_never_silent(tmp_path, digits_root):
     config = json.loads((folder / "config.json").read_text())
     assert config["dataset"] == "digits" and config["notice"] == "built-in digits, not mnist"
     assert {path.name for path in folder.iterdir()} >= FILES | FIGURES
+
+    # Going on with it under its own name does not launder it.
+    options = ["--data-dir", digits_root, "--out", folder, "--batch-size", 1000]
+    again = run_here(train.main, *options, "--resume", "--dataset", "digits", "--epochs", 1)
+    assert again.stdout.splitlines()[-1].startswith("*** REMEMBER")
+    assert json.loads((folder / "config.json").read_text()) == config
 
 
 @pytest.mark.parametrize(
@@ -229,8 +303,7 @@ def test_bad_surroundings_end_in_one_line(tmp_path, mnist_root):
     real = run_script("train.py", "--beta", "-1", cwd=tmp_path)  # as a user meets it
     assert_user_error(real, "--beta")
     common = ["--data-dir", mnist_root, "--out", tmp_path / "run"]
-    if not torch.cuda.is_available():
-        assert_user_error(run_here(train.main, *common, "--device", "cuda"), "--device cuda")
+    assert_user_error(run_here(train.main, *common, "--device", "cuda"), "--device cuda")
     broken = tmp_path / "data"
     shutil.copytree(mnist_root, broken)
     path = broken / "mnist" / "t10k-labels-idx1-ubyte"
@@ -257,10 +330,11 @@ def test_an_exploding_loss_ends_in_one_line_and_keeps_the_last_good_epoch(tmp_pa
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
     checkpoint["model"]["decoder_fc2.bias"][0] = math.inf
     torch.save(checkpoint, folder / "checkpoint.pt")
-    before = (folder / "checkpoint.pt").read_bytes()
     options = ["--data-dir", mnist_root, "--out", folder, "--resume", "--epochs", 3]
     assert_user_error(run_here(train.main, *options), "epoch 3", "--lr")
-    assert (folder / "checkpoint.pt").read_bytes() == before
+    kept = train.load_run(folder)[1]
+    assert len(kept["history"]) == 2 == len(read_history(folder))
+    assert all(torch.equal(kept["model"][k], v) for k, v in checkpoint["model"].items())
 
 
 # ---------------------------------------------------------------- damaged runs
@@ -272,12 +346,12 @@ class Malicious:
 
 
 def test_viz_redraws_a_run_and_refuses_what_is_none(tmp_path, mnist_root, monkeypatch):
-    mlp, ae = tmp_path / "mlp", tmp_path / "ae"
+    mlp, other = tmp_path / "mlp", tmp_path / "ae"
     run_train("--out", mlp, root=mnist_root)
-    run_train("--out", ae, "--model", "ae", root=mnist_root)
+    run_train("--out", other, "--model", "ae", root=mnist_root)
     figures = {path.name: path.read_bytes() for path in mlp.glob("*.png")}
     assert figures.keys() == FIGURES | {"traversals.png"}
-    assert {path.name for path in ae.glob("*.png")} == FIGURES
+    assert {path.name for path in other.glob("*.png")} == FIGURES
     for name in figures:
         (mlp / name).unlink()
     result = run_script("viz.py", "--data-dir", mnist_root, "mlp", cwd=tmp_path)
@@ -286,7 +360,7 @@ def test_viz_redraws_a_run_and_refuses_what_is_none(tmp_path, mnist_root, monkey
 
     assert_user_error(run_here(viz.main, tmp_path / "nothing"), "nothing", "is missing")
     good = (mlp / "checkpoint.pt").read_bytes()
-    shutil.copy(ae / "checkpoint.pt", mlp / "checkpoint.pt")
+    shutil.copy(other / "checkpoint.pt", mlp / "checkpoint.pt")
     assert_user_error(run_here(viz.main, mlp), "model ae, not mlp")
     for bad in (b"", good[:1000], good[: len(good) // 2], b"PK" + good[2:2000]):
         (mlp / "checkpoint.pt").write_bytes(bad)
@@ -309,6 +383,8 @@ def test_ae_script_trains_both_and_draws_them(tmp_path, mnist_root):
     assert "autoencoder mean" in result.stdout
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"mnist-ae", "mnist-mlp"}
     assert (tmp_path / "runs" / "mnist-mlp" / "ae-vs-vae.png").is_file()
+    for option in (("--model", "conv"), ("--beta", 4)):
+        assert_user_error(run_here(ae.main, *option), option[0])
 
 
 def test_help_explains_every_option():

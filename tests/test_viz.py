@@ -108,10 +108,16 @@ def test_traversals_are_ordered_by_kl_and_move_one_latent_at_a_time(tmp_path, dr
     viz.visualize_traversals(model, loader, "cpu", tmp_path / "t.png", num_steps=5)
     z = codes[0].view(3, 5, 3)
     mu = model.encode(torch.zeros(1, 1))[0][0]
+    assert z.shape == (3, 5, 3)
     for row, moved in enumerate([1, 0, 2]):
         torch.testing.assert_close(z[row, :, moved], torch.linspace(-2.5, 2.5, 5))
         still = [j for j in range(3) if j != moved]
         torch.testing.assert_close(z[row][:, still], mu[still].expand(5, 2))
+
+    # With fewer rows than latents, the last row is the latent that is used least.
+    viz.visualize_traversals(model, loader, "cpu", tmp_path / "t.png", num_dims=2, num_steps=5)
+    z = codes[1].view(2, 5, 3)
+    assert [row.std(dim=0).argmax().item() for row in z] == [1, 2]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -134,14 +140,52 @@ def test_reconstructions_and_interpolations_show_the_inputs(tmp_path, channels):
         assert (shown[tile] - expected[6 + image]).abs().max() <= 1
 
 
-def test_the_scatter_plots_every_class_in_its_own_colour(tmp_path, drawn):
-    model = Known(2, (1, 28, 28))
-    model.encode = lambda x: x.flatten(1)[:, :2] + torch.randn(len(x), 2)  # as an autoencoder's
-    loader = Batches(drawn.images[:300], drawn.labels[:300], 100)
-    viz.visualize_latent_space_2d(model, loader, "cpu", tmp_path / "s.png", note="a note")
-    pixels = np.array(Image.open(tmp_path / "s.png").convert("RGB")).reshape(-1, 3)
-    for colour in viz.matplotlib.colormaps["tab10"].colors:  # solid in the legend
-        assert (np.abs(pixels - np.array(colour) * 255).max(axis=1) < 2).sum() > 20
+def test_the_scatter_shows_every_class_at_its_codes_in_its_own_colour(tmp_path, monkeypatch):
+    """Class c lies around (c, -c), so its pixels must be found further and further down right."""
+    labels = torch.arange(10).repeat(60)
+    codes = torch.stack([labels, -labels], dim=1) + 0.1 * torch.rand(600, 2)
+    model = Known(2)
+    model.encode = lambda x: x  # a code and no logvar, as an autoencoder's
+    loader = [(codes[:300], labels[:300]), (codes[300:], labels[300:])]
+    radii, circle = [], viz.Circle
+    monkeypatch.setattr(viz, "Circle", lambda *a, **kw: radii.append(a[1]) or circle(*a, **kw))
+    viz.visualize_latent_space_2d(model, loader, "cpu", tmp_path / "s.png")
+    picture = np.array(Image.open(tmp_path / "s.png").convert("RGB")).astype(int)
+    places, legend = [], []
+    for c in [0, 1, 2, 3, 4, 5, 6, 8, 9]:  # 7 is grey, as the edges of letters are
+        colour = viz.matplotlib.colormaps["tab10"](c)[:3]
+        solid = np.abs(picture - np.array(colour) * 255).max(axis=2) < 3
+        y, x = solid.nonzero()
+        in_legend = x > x.max() - 20
+        places.append((np.median(x[~in_legend]), np.median(y[~in_legend])))
+        legend.append(np.median(y[in_legend]))
+    assert (np.diff(places, axis=0) > 10).all() and (np.diff(legend) > 5).all()
+    prior = torch.randn(100_000, 2).norm(dim=1)
+    shares = [(prior < radius).double().mean().item() for radius in radii]
+    assert shares == pytest.approx([0.5, 0.95], abs=0.01)
+
+
+def test_samples_are_what_the_model_draws(tmp_path):
+    class Uniform(torch.nn.Module):
+        def sample(self, num_samples, device=None):
+            self.drawn = torch.rand(num_samples, 16)
+            return self.drawn
+
+    model = Uniform()
+    viz.visualize_samples(model, "cpu", tmp_path / "s.png", num_samples=9)
+    shown = read_tiles(tmp_path / "s.png", 3, 3, 4, 21)[..., 0].flatten(1)
+    assert (shown - (model.drawn * 255).round()).abs().max() <= 1
+    assert viz.as_images(torch.rand(2, 3 * 25)).shape == (2, 3, 5, 5)  # flat colour images
+
+
+def test_training_curves_are_drawn_from_the_history(tmp_path):
+    terms = [f"{split}_{term}" for split in ("train", "test") for term in ("loss", "recon", "kl")]
+    pictures = []
+    for last in (1.0, 2.0):
+        history = [{"epoch": e, **dict.fromkeys(terms, v)} for e, v in ((1, 3.0), (2, last))]
+        viz.visualize_training(history, tmp_path / "t.png")
+        pictures.append((tmp_path / "t.png").read_bytes())
+    assert pictures[0] != pictures[1]
 
 
 def test_a_note_is_printed_on_the_figure(tmp_path):

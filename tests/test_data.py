@@ -152,6 +152,7 @@ def mirror(tmp_path, drawn, monkeypatch):
 
     requests = []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.handle_error = lambda *args: None  # a client may hang up
     threading.Thread(target=server.serve_forever, daemon=True).start()
 
     def mirrors(*behaviours):

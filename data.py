@@ -281,7 +281,7 @@ def draw_digits(n: int, seed: int) -> Split:
         for number, glyph in enumerate(glyphs):
             strokes = [parse_stroke(stroke) for stroke in glyph.split("/")]
             chosen = ((labels == digit) & (factors["glyph"] == number)).nonzero().squeeze(1)
-            for index in chosen.split(500):  # 500 at once stay in the processor's cache
+            for index in chosen.split(500):  # 500 at once need few megabytes
                 style = {name: factors[name][index] for name in DIGIT_FACTORS}
                 images[index, 0] = draw_glyph(strokes, style, generator)
     return Split(images, labels, factors)

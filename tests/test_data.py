@@ -314,11 +314,14 @@ def test_digits_are_cached_and_a_bad_cache_is_drawn_anew(digits_root, tmp_path, 
         content = bytearray((tmp_path / "digits.npz").read_bytes())
         content[len(content) // 2] ^= 255
         (tmp_path / "digits.npz").write_bytes(content)
+    (tmp_path / "digits.npz").write_bytes(b"")
+    data.load_dataset("digits", tmp_path)
+    assert len(calls) == 3
     edited = tmp_path / "data.py"  # another glyph, say
     edited.write_text("")
     monkeypatch.setattr(data, "__file__", str(edited))
     data.load_dataset("digits", tmp_path)
-    assert len(calls) == 3
+    assert len(calls) == 4
     (tmp_path / "blocked").write_text("a file, so no folder")
     data.load_dataset("digits", tmp_path / "blocked")
     assert (tmp_path / "project" / "digits.npz").is_file()

@@ -41,7 +41,12 @@ def test_the_comparison_prints_where_the_codes_lie(drawn, tmp_path, capsys):
             layer.bias.fill_(bias)
         vae.encoder.fc_logvar.weight.zero_()
         vae.encoder.fc_logvar.bias.fill_(2 * math.log(2))
+    decoded, decode = [], autoencoder.decode
+    autoencoder.decode = lambda z: decoded.append(z) or decode(z)
     compare({"AE": autoencoder, "VAE": vae}, drawn.images / 255, tmp_path / "c.png")
+    noise, scaled = (z for z in decoded if len(z) == 24)  # beside the codes and their lines
+    assert noise.std() > 0.7 and noise.mean().abs() < 0.5
+    torch.testing.assert_close(scaled, torch.full_like(scaled, 7.0))
     rows = [line.split() for line in capsys.readouterr().out.splitlines()]
     table = torch.tensor([[float(v) for v in row] for row in rows if row and row[0].isdigit()])
     expected = torch.tensor([7.0, 0.0, 0.0, 2.0]).expand(3, 4)  # mean, std, mean, std

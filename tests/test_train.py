@@ -198,6 +198,8 @@ def test_a_resumed_run_gives_the_numbers_of_an_uninterrupted_one(tmp_path, mnist
     train.main([*options, whole, "--epochs", "3"])
     for epochs in ("1", "2", "3", "3"):  # the last finds nothing left to do
         train.main([*options, parts, "--epochs", epochs])
+        (tmp_path / "parts" / "history.csv").unlink()  # lost between two files: written anew
+    train.main([*options, parts, "--epochs", "2"])  # less than there is: nothing is lost
     (_, one), (_, other) = train.load_run(whole), train.load_run(parts)
     assert read_history(tmp_path / "whole") == read_history(tmp_path / "parts")
     assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
@@ -220,17 +222,22 @@ def test_main_shuffles_training_images_only_and_finds_data_by_the_environment(
 
 
 def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, mnist_root, monkeypatch):
-    def full(descriptor):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    """The disk is full from the second file on: that is the checkpoint, after config.json."""
 
-    folder = tmp_path / "run"
+    def fsync(descriptor):
+        calls.append(descriptor)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder, calls = tmp_path / "run", []
     run_train("--out", folder, root=mnist_root)
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    before = (folder / "checkpoint.pt").read_bytes(), (folder / "history.csv").read_bytes()
     options = ["--data-dir", mnist_root, "--out", folder, "--resume", "--epochs", 3]
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
+        patch.setattr(os, "fsync", fsync)
         assert_user_error(run_here(train.main, *options), "No space left")
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    after = (folder / "checkpoint.pt").read_bytes(), (folder / "history.csv").read_bytes()
+    assert after == before and not list(folder.glob(".*"))
     assert run_here(train.main, *options).returncode == 0 and len(read_history(folder)) == 3
 
 

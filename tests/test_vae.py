@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from conftest import overfit
 from hypothesis import given, settings
 
+from ae import Autoencoder
 from vae import (
     VAE,
     ConvVAE,
@@ -310,6 +311,15 @@ def test_overfits_64_images(architecture, drawn):
     # Well below what a decoder can reach that ignores z: the best constant picture.
     constant = torch.logit(x.mean(dim=0, keepdim=True).clamp(1e-6, 1 - 1e-6)).expand(x.shape)
     assert losses[-1] < 0.85 * bce_from_logits(constant, x).sum() < 0.5 * losses[0]
+
+
+@pytest.mark.parametrize("architecture", [*MODELS, Autoencoder])
+def test_samples_are_decoded_from_standard_normal_codes(architecture):
+    model = architecture(latent_dim=2)
+    model.decode = lambda z: z
+    z = model.sample(50_000)
+    assert z.mean(dim=0).abs().max() < 0.03 and (z.var(dim=0) - 1).abs().max() < 0.05
+    assert (z.pow(4).mean(dim=0) - 3).abs().max() < 0.2  # the fourth moment of a Gaussian
 
 
 def test_decoding_is_deterministic_and_forward_draws():

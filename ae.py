@@ -8,6 +8,7 @@ tells it where in the latent space the codes should lie, so nobody can say which
 codes to decode for a new image. A VAE of the same size is told: near N(0, I).
 """
 
+import os
 import sys
 
 import torch
@@ -124,6 +125,9 @@ def main(argv: list[str] | None = None) -> None:
     args = train.parse_args(argv, __doc__)
     if args.model != "mlp" or args.beta != 1:
         raise train.UserError("ae.py trains --model ae and mlp, --beta 1: leave these options out")
+    taken = [f"{args.out}/{name}" for name in ("ae", "mlp") if args.out and not args.resume]
+    for folder in filter(os.path.exists, taken):
+        raise train.UserError(f"--out: {folder} exists already; name another folder")
     models = {}
     for name, title in (("ae", "autoencoder"), ("mlp", "VAE")):
         out = ["--out", f"{args.out}/{name}"] if args.out else []

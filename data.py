@@ -39,7 +39,7 @@ class UserError(Exception):
 
 
 class DataUnavailable(UserError):
-    """A dataset is neither on disk nor to be had from the network."""
+    """A dataset is neither on disk nor available from the network."""
 
 
 class Split(NamedTuple):

@@ -36,7 +36,10 @@ MODELS = {"ae": Autoencoder, "mlp": VAE, "conv": ConvVAE}
 
 RUN_FILES = ("config.json", "checkpoint.pt")
 # What decides a run's numbers; --resume insists that none of it has changed.
-SETTINGS = ("model", "dataset", "latent_dim", "beta", "batch_size", "lr", "seed")
+SETTINGS = (
+    "model", "dataset", "train_images", "test_images",
+    "latent_dim", "beta", "batch_size", "lr", "seed",
+)
 
 
 # ----------------------------------------------------------------------- the loop
@@ -117,8 +120,10 @@ def build_model(name: str, latent_dim: int | None = None) -> nn.Module:
 
 def open_run(out: str | None, resume: bool, name: str) -> Path:
     """Make the folder of a run: out, or a new one in runs/. Never another run's."""
-    if out is not None:
+    if out:
         folder = Path(out)
+        if folder.is_file():
+            raise UserError(f"--out {folder}: is a file; name a folder")
         if not resume and any((folder / name).exists() for name in RUN_FILES):
             raise UserError(
                 f"--out {folder}: holds a run already; add --resume to go on with it, "
@@ -182,6 +187,7 @@ def load_run(folder: str | Path) -> tuple[nn.Module, dict]:
         check_settings(path, checkpoint["config"], config)
         model = build_model(config["model"], config["latent_dim"])
         model.load_state_dict(checkpoint["model"])
+        checkpoint["optimizer"], checkpoint["history"][-1], checkpoint["config"]["notice"]
     except (UserError, OSError):
         raise
     except Exception as error:  # torch has many kinds for the many ways to be broken
@@ -207,6 +213,8 @@ class Parser(argparse.ArgumentParser):
 
 def run_cli(main: Callable[[], object]) -> NoReturn:
     """Run a script: a user's error becomes one line on stderr and exit status 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path may hold what it cannot encode
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:
@@ -216,6 +224,7 @@ def run_cli(main: Callable[[], object]) -> NoReturn:
     except torch.OutOfMemoryError:
         message = "the GPU's memory is full: take a smaller --batch-size or --latent-dim"
     except KeyboardInterrupt:
+        print("\ninterrupted; --resume goes on with a run that has an --out", file=sys.stderr)
         sys.exit(130)
     else:
         sys.exit(0)
@@ -252,7 +261,7 @@ def parse_args(argv: list[str] | None, description: str = __doc__) -> argparse.N
         help="mnist and fashion-mnist are downloaded once; digits are drawn here, once "
         "(default: mnist)")
     add("--fallback", choices=["digits"],
-        help="train on this instead if the dataset is neither on disk nor to be had from "
+        help="train on this instead if the dataset is neither on disk nor available from "
         "the network; without --fallback that is an error")
     add("--data-dir", metavar="DIR",
         help="where the datasets are (default: $VAE_DATA_DIR, else data/ beside train.py)")
@@ -291,12 +300,12 @@ def find_data_dir(option: str | None) -> Path:
     """--data-dir or $VAE_DATA_DIR, which must exist, or the project's data/."""
     named = option or os.environ.get("VAE_DATA_DIR")
     if named and not Path(named).is_dir():
-        raise UserError(f"the data folder {named} does not exist: create it, or name another")
+        raise UserError(f"the data folder {named} is no folder: create it, or name another")
     return Path(named) if named else PROJECT_DATA
 
 
 def load_or_fall_back(args: argparse.Namespace) -> tuple[str, tuple[Split, Split]]:
-    """The dataset asked for, or --fallback if it cannot be had: its name and splits."""
+    """The dataset asked for, or --fallback if that is not available: its name and splits."""
     root = find_data_dir(args.data_dir)
     try:
         return args.dataset, load_dataset(args.dataset, root)
@@ -304,7 +313,7 @@ def load_or_fall_back(args: argparse.Namespace) -> tuple[str, tuple[Split, Split
         if args.fallback is None:
             raise
         print(
-            f"*** {args.dataset.upper()} COULD NOT BE HAD: training on the built-in "
+            f"*** {args.dataset.upper()} IS NOT AVAILABLE: training on the built-in "
             f"{args.fallback} instead. *** The reason: {error}"
         )
         return args.fallback, load_dataset(args.fallback, root)
@@ -323,6 +332,8 @@ def main(argv: list[str] | None = None) -> Path:
         "model": args.model,
         "dataset": dataset,
         "notice": notice,
+        "train_images": len(train_split.images),
+        "test_images": len(test_split.images),
         "latent_dim": model.latent_dim,
         "beta": args.beta,
         "epochs": args.epochs,
@@ -344,14 +355,15 @@ def main(argv: list[str] | None = None) -> Path:
         check_settings(folder, checkpoint["config"], config)
         history = checkpoint["history"]
         config = checkpoint["config"] | {"epochs": max(args.epochs, len(history))}
-    with write_atomically(folder / "config.json") as file:
-        file.write(json.dumps(config, indent=2).encode() + b"\n")
-
     model.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
+    with write_atomically(folder / "config.json") as file:
+        file.write(json.dumps(config, indent=2).encode() + b"\n")
+    if checkpoint:
         save_run(folder, config, model, optimizer, history)
+
     images, labels, _ = train_split
     train_loader = Batches(images.to(device), labels.to(device), args.batch_size, shuffle=True)
     images, labels, _ = test_split
@@ -371,10 +383,11 @@ def main(argv: list[str] | None = None) -> Path:
         test = test_epoch(model, test_loader, device, args.beta)
         seconds = time.monotonic() - start
         if not all(map(math.isfinite, train + test)):
+            if not history:  # there is no run to keep
+                (folder / "config.json").unlink()
             raise UserError(
                 f"{folder}: in epoch {epoch} the loss is no longer finite (train {train[0]:g}, "
-                f"test {test[0]:g}), and the run keeps its {len(history)} epochs before that; "
-                "try a smaller --lr"
+                f"test {test[0]:g}); try a smaller --lr. Epochs kept: {len(history)}"
             )
         row = {"epoch": epoch, "beta": args.beta}
         row |= zip(("train_loss", "train_recon", "train_kl"), train)
@@ -391,7 +404,7 @@ def main(argv: list[str] | None = None) -> Path:
     from viz import draw_run  # viz.py stands on this file; only here does it look up
 
     draw_run(folder, model, config, history, test_loader)
-    print(f"saved in {folder}: {' '.join(sorted(path.name for path in folder.iterdir()))}")
+    print(f"saved in {folder}: config.json, history.csv, checkpoint.pt and the figures")
     if config["notice"]:
         print(f"*** REMEMBER: these are the {config['notice'].upper()}. ***")
     return folder

@@ -20,8 +20,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-# Encoders clamp log sigma^2 to this range, so that sigma stays within
-# [0.007, 148] and neither exp() nor the loss can overflow (chapter 2.3).
+# Encoders clamp log sigma^2 to this range: sigma stays within [0.007, 148], and exp()
+# cannot overflow (chapter 2.3). Outside the range no gradient reaches logvar.
 LOGVAR_RANGE = (-10.0, 10.0)
 
 
@@ -47,8 +47,8 @@ def kl_divergence_gaussian(mu: Tensor, logvar: Tensor) -> Tensor:
     (Kingma & Welling 2013, appendix B). It is never negative, and 0 only where
     mu = 0 and sigma = 1.
     """
-    # expm1(logvar) is sigma^2 - 1 without the cancellation that would make the
-    # sum of the four terms come out slightly negative near the prior.
+    # expm1(logvar) is sigma^2 - 1 without the rounding of exp(logvar) near 1, in which
+    # a small KL would drown: at logvar = 1e-4 float32 would give 0 instead of 2.5e-9.
     return 0.5 * (mu.pow(2) + torch.expm1(logvar) - logvar).sum(dim=1)
 
 
@@ -142,7 +142,7 @@ class GaussianVAE(nn.Module):
     def sample(self, num_samples: int, device: torch.device | str | None = None) -> Tensor:
         """Draw z from the prior and decode it: (num_samples, ...), pixel means in [0, 1].
 
-        device: where the model is, if it is not to be looked up.
+        device: by default the model's own.
         """
         device = device or next(self.parameters()).device
         # Drawn on the CPU, so a seed gives the same codes whatever the device.

@@ -77,7 +77,7 @@ def save_tiles(
     height, width = picture.shape[:2]
     side = as_images(images).shape[2]
     scale = scale or max(1, round(84 / side))
-    left = 0.12 + 0.06 * max(map(len, row_labels), default=0)  # inches, as all of these
+    left = 0.15 + 0.06 * max(map(len, row_labels), default=0)  # inches, as all of these
     top, bottom, right = (0.25 if column_labels else 0.06), (0.25 if note else 0.06), 0.06
     w, h = width * scale / DPI, height * scale / DPI
     figure = Figure(figsize=(left + w + right, top + h + bottom))
@@ -122,17 +122,20 @@ def visualize_samples(
     save_tiles(model.sample(num_samples, device), columns, path, note)
 
 
-def visualize_training(history: list[dict], path, note: str = "") -> None:
-    """Loss, reconstruction and KL per epoch (nats; squared errors for an autoencoder)."""
+def visualize_training(
+    history: list[dict], path, unit: str = "nats per image", note: str = ""
+) -> None:
+    """Loss, reconstruction and KL of every epoch, training and test, in the given unit."""
     epochs = [row["epoch"] for row in history]
     figure = Figure(figsize=(8, 2.8), layout="constrained")
     panels = figure.subplots(1, 3)
     for axes, term in zip(panels, ("loss", "recon", "kl")):
         for split, style in (("train", ".--"), ("test", ".-")):
             axes.plot(epochs, [row[f"{split}_{term}"] for row in history], style, label=split)
-        axes.set(xlabel="epoch", title=f"{term} per image")
+        axes.set(xlabel="epoch", title=term)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
+    panels[0].set_ylabel(unit)
     panels[0].legend()
     save(figure, path, note)
 
@@ -273,7 +276,8 @@ def draw_run(
     device = next(model.parameters()).device
     note = config["notice"]
     torch.manual_seed(config["seed"])
-    visualize_training(history, folder / "training.png", note)
+    unit = "squared error per image" if config["model"] == "ae" else "nats per image"
+    visualize_training(history, folder / "training.png", unit, note)
     visualize_reconstruction(model, loader, device, folder / "reconstruction.png", note=note)
     visualize_samples(model, device, folder / "samples.png", num_samples=64, note=note)
     visualize_interpolation(model, loader, device, folder / "interpolation.png", note=note)
@@ -295,7 +299,7 @@ def main(argv: list[str] | None = None) -> None:
     _, test = load_dataset(config["dataset"], find_data_dir(args.data_dir))
     test_loader = Batches(test.images, test.labels, batch_size=1000)
     draw_run(args.run, model, config, checkpoint["history"], test_loader)
-    print(f"drawn in {args.run}: {' '.join(sorted(p.name for p in Path(args.run).glob('*.png')))}")
+    print(f"figures drawn in {args.run}")
 
 
 if __name__ == "__main__":

@@ -209,14 +209,14 @@ def test_main_shuffles_training_images_only_and_finds_data_by_the_environment(
     tmp_path, mnist_root, monkeypatch
 ):
     def batches(images, labels, batch_size, shuffle=False):
-        made.append((len(images), shuffle))
+        made.append((len(images), batch_size, shuffle))
         return Batches(images, labels, batch_size, shuffle)
 
     made = []
     monkeypatch.setattr(train, "Batches", batches)
     monkeypatch.setenv("VAE_DATA_DIR", str(mnist_root))
-    train.main(["--epochs", "1", "--out", str(tmp_path / "run")])
-    assert made == [(1000, True), (300, False)]
+    train.main(["--epochs", "1", "--batch-size", "50", "--out", str(tmp_path / "run")])
+    assert made == [(1000, 50, True), (300, 1000, False)]
     monkeypatch.setenv("VAE_DATA_DIR", str(tmp_path / "nowhere"))
     assert_user_error(run_here(train.main), "nowhere")
 
@@ -239,6 +239,21 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, mnist_root, monke
     after = (folder / "checkpoint.pt").read_bytes(), (folder / "history.csv").read_bytes()
     assert after == before and not list(folder.glob(".*"))
     assert run_here(train.main, *options).returncode == 0 and len(read_history(folder)) == 3
+
+
+def test_main_passes_its_options_on(tmp_path, mnist_root):
+    for name, options in (("one", ()), ("four", ("--beta", 4)), ("fast", ("--lr", 0.005))):
+        run_train("--out", tmp_path / name, *options, root=mnist_root)
+    runs = {name: train.load_run(tmp_path / name)[1] for name in ("one", "four", "fast")}
+    for name, beta in (("one", 1.0), ("four", 4.0)):
+        for row in runs[name]["history"]:
+            assert row["beta"] == beta
+            for split in ("train", "test"):
+                total = row[f"{split}_recon"] + beta * row[f"{split}_kl"]
+                assert row[f"{split}_loss"] == pytest.approx(total, rel=1e-6)
+    assert runs["four"]["history"][1]["train_kl"] < 0.7 * runs["one"]["history"][1]["train_kl"]
+    assert runs["fast"]["optimizer"]["param_groups"][0]["lr"] == 0.005
+    assert runs["fast"]["history"][1]["test_loss"] < runs["one"]["history"][1]["test_loss"]
 
 
 def test_resume_refuses_another_run(tmp_path, mnist_root):
@@ -269,7 +284,7 @@ def test_fallback_is_said_everywhere_and_never_silent(tmp_path, digits_root):
     result = run_script(*arguments, "--fallback", "digits", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert any(line.startswith("*** MNIST COULD NOT BE HAD") for line in lines)
+    assert any(line.startswith("*** MNIST IS NOT AVAILABLE") for line in lines)
     assert lines[-1] == "*** REMEMBER: these are the BUILT-IN DIGITS, NOT MNIST. ***"
     folder = tmp_path / "runs" / "digits-instead-of-mnist-mlp"
     config = json.loads((folder / "config.json").read_text())
@@ -293,7 +308,7 @@ def test_fallback_is_said_everywhere_and_never_silent(tmp_path, digits_root):
         (["--batch-size", "x"], ["--batch-size", "int"]),
         (["--lr", "inf"], ["--lr", "inf"]),
         (["--dataset", "cifar"], ["--dataset", "cifar", "mnist"]),
-        (["--data-dir", "nowhere"], ["nowhere", "does not exist"]),
+        (["--data-dir", "nowhere"], ["nowhere", "is no folder"]),
         (["--resume"], ["--resume", "--out"]),
         (["--model", "ae", "--beta", "4"], ["--beta", "ae"]),
         (["--unknown"], ["--unknown"]),
@@ -331,6 +346,14 @@ def test_an_output_folder_that_cannot_be_made_ends_in_one_line(tmp_path, mnist_r
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
+def test_a_path_that_the_terminal_cannot_print_is_no_error(tmp_path, mnist_root, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    options = ["--data-dir", mnist_root, "--epochs", 1, "--out", "潜在 空間"]
+    result = run_script("train.py", *options, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "潜在 空間" / "checkpoint.pt").is_file()
+
+
 def test_an_exploding_loss_ends_in_one_line_and_keeps_the_last_good_epoch(tmp_path, mnist_root):
     folder = tmp_path / "run"
     run_train("--out", folder, root=mnist_root)
@@ -339,6 +362,9 @@ def test_an_exploding_loss_ends_in_one_line_and_keeps_the_last_good_epoch(tmp_pa
     torch.save(checkpoint, folder / "checkpoint.pt")
     options = ["--data-dir", mnist_root, "--out", folder, "--resume", "--epochs", 3]
     assert_user_error(run_here(train.main, *options), "epoch 3", "--lr")
+    new = ["--data-dir", mnist_root, "--out", tmp_path / "new", "--lr", 1e9]
+    assert_user_error(run_here(train.main, *new), "epoch 1", "--lr")
+    assert not list((tmp_path / "new").iterdir())
     kept = train.load_run(folder)[1]
     assert len(kept["history"]) == 2 == len(read_history(folder))
     assert all(torch.equal(kept["model"][k], v) for k, v in checkpoint["model"].items())
@@ -373,6 +399,12 @@ def test_viz_redraws_a_run_and_refuses_what_is_none(tmp_path, mnist_root, monkey
         (mlp / "checkpoint.pt").write_bytes(bad)
         with pytest.raises(train.UserError, match="checkpoint.pt"):
             train.load_run(mlp)
+    whole = torch.load(other / "checkpoint.pt", weights_only=True)
+    for missing in whole:
+        (mlp / "config.json").write_bytes((other / "config.json").read_bytes())
+        torch.save({k: v for k, v in whole.items() if k != missing}, mlp / "checkpoint.pt")
+        with pytest.raises(train.UserError, match="checkpoint.pt"):
+            train.load_run(mlp)
     torch.save({"config": Malicious()}, mlp / "checkpoint.pt")
     monkeypatch.chdir(tmp_path)
     assert_user_error(run_here(viz.main, mlp), "checkpoint.pt")
@@ -392,6 +424,10 @@ def test_ae_script_trains_both_and_draws_them(tmp_path, mnist_root):
     assert (tmp_path / "runs" / "mnist-mlp" / "ae-vs-vae.png").is_file()
     for option in (("--model", "conv"), ("--beta", 4)):
         assert_user_error(run_here(ae.main, *option), option[0])
+    (tmp_path / "x" / "mlp").mkdir(parents=True)
+    result = run_here(ae.main, "--data-dir", mnist_root, "--out", tmp_path / "x")
+    assert_user_error(result, "x/mlp")
+    assert [path.name for path in (tmp_path / "x").iterdir()] == ["mlp"]
 
 
 def test_help_explains_every_option():

@@ -176,14 +176,18 @@ def test_samples_are_what_the_model_draws(tmp_path):
     assert viz.as_images(torch.rand(2, 3 * 25)).shape == (2, 3, 5, 5)  # flat colour images
 
 
-def test_training_curves_are_drawn_from_the_history(tmp_path):
-    terms = [f"{split}_{term}" for split in ("train", "test") for term in ("loss", "recon", "kl")]
-    pictures = []
-    for last in (1.0, 2.0):
-        history = [{"epoch": e, **dict.fromkeys(terms, v)} for e, v in ((1, 3.0), (2, last))]
-        viz.visualize_training(history, tmp_path / "t.png")
-        pictures.append((tmp_path / "t.png").read_bytes())
-    assert pictures[0] != pictures[1]
+def test_training_curves_are_those_of_the_history(tmp_path, monkeypatch):
+    terms = [f"{split}_{term}" for term in ("loss", "recon", "kl") for split in ("train", "test")]
+    history = [{"epoch": e, **{t: 10.0 * e + i for i, t in enumerate(terms)}} for e in (1, 2, 3)]
+    figures, save = [], viz.save
+    monkeypatch.setattr(viz, "save", lambda *args: figures.append(args[0]) or save(*args))
+    viz.visualize_training(history, tmp_path / "t.png", unit="nats")
+    lines = [line for axes in figures[0].axes for line in axes.lines]
+    assert [line.get_label() for line in lines] == ["train", "test"] * 3
+    for line, term in zip(lines, terms):
+        assert line.get_xdata().tolist() == [1, 2, 3]
+        assert line.get_ydata().tolist() == [row[term] for row in history]
+    assert figures[0].axes[0].get_ylabel() == "nats" and (tmp_path / "t.png").stat().st_size > 5000
 
 
 def test_a_note_is_printed_on_the_figure(tmp_path):

@@ -187,6 +187,7 @@ def load_run(folder: str | Path) -> tuple[nn.Module, dict]:
         check_settings(path, checkpoint["config"], config)
         model = build_model(config["model"], config["latent_dim"])
         model.load_state_dict(checkpoint["model"])
+        # What the callers rely on must be there, too:
         checkpoint["optimizer"], checkpoint["history"][-1], checkpoint["config"]["notice"]
     except (UserError, OSError):
         raise

@@ -256,6 +256,19 @@ def test_main_passes_its_options_on(tmp_path, mnist_root):
     assert runs["fast"]["history"][1]["test_loss"] < runs["one"]["history"][1]["test_loss"]
 
 
+def test_runs_of_different_seeds_share_no_random_numbers(tmp_path, mnist_root, monkeypatch):
+    """Not even shifted by an epoch, as seed + epoch would have it."""
+    seeds, manual_seed = [], torch.manual_seed
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: seeds.append(seed) or manual_seed(seed))
+    used = []
+    for seed in (0, 1):
+        seeds.clear()
+        run_train("--seed", seed, "--epochs", 3, "--out", tmp_path / str(seed), root=mnist_root)
+        assert len(set(seeds)) == 4  # one to begin with (and for the figures), one an epoch
+        used.append(set(seeds))
+    assert not used[0] & used[1]
+
+
 def test_resume_refuses_another_run(tmp_path, mnist_root):
     folder = tmp_path / "run"
     run_train("--out", folder, root=mnist_root)

@@ -70,9 +70,12 @@ def save_tiles(
     row_labels: Sequence[str] = (),
     column_labels: Sequence[str] = (),
     gap: int = 2,
-    scale: int = 0,
+    scale: int | None = None,
 ) -> None:
-    """Save a grid of images, each pixel as scale x scale pixels, labels outside it."""
+    """Save a grid of images, each pixel as scale x scale pixels, labels outside it.
+
+    scale: by default such that an image is about 84 pixels high.
+    """
     picture = tile(images, columns, gap)
     height, width = picture.shape[:2]
     side = as_images(images).shape[2]
@@ -125,11 +128,15 @@ def visualize_samples(
 def visualize_training(
     history: list[dict], path, unit: str = "nats per image", note: str = ""
 ) -> None:
-    """Loss, reconstruction and KL of every epoch, training and test, in the given unit."""
+    """Loss, reconstruction and KL of every epoch, training and test, in the given unit.
+
+    Without a KL, as an autoencoder has none, the loss alone: recon is the same.
+    """
     epochs = [row["epoch"] for row in history]
-    figure = Figure(figsize=(8, 2.8), layout="constrained")
-    panels = figure.subplots(1, 3)
-    for axes, term in zip(panels, ("loss", "recon", "kl")):
+    terms = ("loss", "recon", "kl") if any(row["train_kl"] for row in history) else ("loss",)
+    figure = Figure(figsize=(0.5 + 2.5 * len(terms), 2.8), layout="constrained")
+    panels = figure.subplots(1, len(terms), squeeze=False)[0]
+    for axes, term in zip(panels, terms):
         for split, style in (("train", ".--"), ("test", ".-")):
             axes.plot(epochs, [row[f"{split}_{term}"] for row in history], style, label=split)
         axes.set(xlabel="epoch", title=term)
@@ -251,6 +258,7 @@ def visualize_traversals(
     kl = []
     for images, _ in test_loader:
         mu, logvar = model.encode(images.to(device))
+        # The KL of each latent by itself: as if it were the only one of its image.
         each = kl_divergence_gaussian(mu.reshape(-1, 1), logvar.reshape(-1, 1))
         kl.append(each.view(mu.shape))
     kl = torch.cat(kl).mean(dim=0)

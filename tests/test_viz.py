@@ -187,6 +187,9 @@ def test_training_curves_are_those_of_the_history(tmp_path, monkeypatch):
     for line, term in zip(lines, terms):
         assert line.get_xdata().tolist() == [1, 2, 3]
         assert line.get_ydata().tolist() == [row[term] for row in history]
+    history = [row | {"train_kl": 0.0, "test_kl": 0.0} for row in history]  # an autoencoder's
+    viz.visualize_training(history, tmp_path / "t.png")
+    assert [axes.get_title() for axes in figures[1].axes] == ["loss"]
     assert figures[0].axes[0].get_ylabel() == "nats" and (tmp_path / "t.png").stat().st_size > 5000
 
 

@@ -1,4 +1,4 @@
-"""The variational autoencoder: the mathematics and the networks (chapter 2.2 - 2.4).
+"""The variational autoencoder: the mathematics and the networks (chapter 2.2 - 2.4, 2.7).
 
 A VAE describes how an image x comes about: draw a code z from the prior
 p(z) = N(0, I), then draw x from p(x|z), whose parameters a decoder computes.
@@ -213,3 +213,46 @@ class ConvVAE(GaussianVAE):
         """z: (batch, latent_dim) -> (batch, channels, 28, 28)."""
         h = self.decoder_fc(z).view(-1, 128, 3, 3)
         return self.decoder_conv(h)
+
+
+class CelebAVAE(GaussianVAE):
+    """The convolutional VAE for 64 x 64 colour images (chapter 2.7).
+
+    BatchNorm normalises by the batch in training mode, and by running averages in
+    evaluation mode: call eval() before you decode or sample.
+    """
+
+    def __init__(self, input_channels: int = 3, latent_dim: int = 256):
+        super().__init__()
+        self.latent_dim = latent_dim
+
+        def down(channels_in: int, channels_out: int) -> list[nn.Module]:
+            conv = nn.Conv2d(channels_in, channels_out, kernel_size=4, stride=2, padding=1)
+            return [conv, nn.BatchNorm2d(channels_out), nn.ReLU()]
+
+        def up(channels_in: int, channels_out: int) -> list[nn.Module]:
+            conv = nn.ConvTranspose2d(channels_in, channels_out, kernel_size=4, stride=2, padding=1)
+            return [conv, nn.BatchNorm2d(channels_out), nn.ReLU()]
+
+        # 64 -> 32 -> 16 -> 8 -> 4
+        self.encoder = nn.Sequential(
+            *down(input_channels, 32), *down(32, 64), *down(64, 128), *down(128, 256)
+        )
+        self.fc_mu = nn.Linear(256 * 4 * 4, latent_dim)
+        self.fc_logvar = nn.Linear(256 * 4 * 4, latent_dim)
+        self.decoder_fc = nn.Linear(latent_dim, 256 * 4 * 4)
+        # 4 -> 8 -> 16 -> 32 -> 64
+        self.decoder = nn.Sequential(
+            *up(256, 128), *up(128, 64), *up(64, 32),
+            nn.ConvTranspose2d(32, input_channels, kernel_size=4, stride=2, padding=1),
+        )
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x: (batch, channels, 64, 64) -> mu, logvar: (batch, latent_dim)."""
+        h = self.encoder(x).flatten(1)  # (batch, 256 * 4 * 4)
+        return self.fc_mu(h), self.fc_logvar(h).clamp(*LOGVAR_RANGE)
+
+    def decode_logits(self, z: Tensor) -> Tensor:
+        """z: (batch, latent_dim) -> (batch, channels, 64, 64)."""
+        h = self.decoder_fc(z).view(-1, 256, 4, 4)
+        return self.decoder(h)

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from ae import Autoencoder
 from vae import (
     VAE,
+    CelebAVAE,
     ConvVAE,
     VAEEncoder,
     bce_from_logits,
@@ -24,7 +25,7 @@ from vae import (
     vae_loss,
 )
 
-MODELS = [VAE, ConvVAE]
+MODELS = [VAE, ConvVAE, CelebAVAE]
 shapes = st.tuples(st.integers(1, 6), st.integers(1, 12))
 
 
@@ -41,8 +42,9 @@ def tensors(draw, *ranges, shape=shapes, dtype=np.float32):
     return [torch.from_numpy(array) for array in arrays]
 
 
-def random_images(batch):
-    return torch.rand(batch, 1, 28, 28)
+def random_images(batch, architecture=VAE):
+    size = (3, 64, 64) if architecture is CelebAVAE else (1, 28, 28)
+    return torch.rand(batch, *size)
 
 
 # ----------------------------------------------------------------------------- KL
@@ -225,15 +227,15 @@ def test_flat_logits_and_images_may_meet_but_sizes_must_agree():
 
 def test_parameter_counts_are_the_chapters():
     counts = [sum(p.numel() for p in model().parameters()) for model in MODELS]
-    assert counts == [652_824, 772_801]
+    assert counts == [652_824, 772_801, 4_531_779]
 
 
 @pytest.mark.parametrize("architecture", MODELS)
 @settings(max_examples=12)
 @given(batch=st.integers(1, 9), latent_dim=st.integers(1, 40))
 def test_shapes_and_ranges(architecture, batch, latent_dim):
-    model, x = architecture(latent_dim=latent_dim), random_images(batch)
-    size = (batch, 784) if architecture is VAE else (batch, 1, 28, 28)
+    model, x = architecture(latent_dim=latent_dim).eval(), random_images(batch, architecture)
+    size = (batch, 784) if architecture is VAE else x.shape
     logits, mu, logvar = model(x)
     assert logits.shape == size
     assert mu.shape == logvar.shape == (batch, latent_dim)
@@ -261,7 +263,7 @@ def test_other_image_sizes_and_channels(batch, channels_latents):
 @settings(max_examples=12)
 @given(batch=st.integers(1, 5), beta=floats(0, 10))
 def test_model_loss_is_the_vae_loss_of_its_forward_pass(architecture, batch, beta):
-    model, x = architecture(), random_images(batch)
+    model, x = architecture(), random_images(batch, architecture)
     torch.manual_seed(3)
     loss = model.loss(x, None, beta)
     torch.manual_seed(3)
@@ -271,7 +273,7 @@ def test_model_loss_is_the_vae_loss_of_its_forward_pass(architecture, batch, bet
 
 @pytest.mark.parametrize("architecture", MODELS)
 def test_the_codes_of_an_image_do_not_depend_on_its_batch(architecture):
-    model, x = architecture(), random_images(6)
+    model, x = architecture().eval(), random_images(6, architecture)
     mu, logvar = model.encode(x)
     for i in range(6):
         torch.testing.assert_close(model.encode(x[i : i + 1]), (mu[i : i + 1], logvar[i : i + 1]))
@@ -279,7 +281,10 @@ def test_the_codes_of_an_image_do_not_depend_on_its_batch(architecture):
 
 @pytest.mark.parametrize("architecture", MODELS)
 def test_state_dict_round_trip(architecture):
-    model, other, x = architecture(), architecture(), random_images(2)
+    model, other = architecture(), architecture()
+    x = random_images(2, architecture)
+    model(x)  # BatchNorm keeps its averages in the state, too
+    model.eval(), other.eval()
     assert not torch.equal(model.encode(x)[0], other.encode(x)[0])
     other.load_state_dict(copy.deepcopy(model.state_dict()))
     z = torch.randn(2, model.latent_dim)
@@ -294,7 +299,7 @@ def test_loss_and_gradients_stay_finite_for_any_logvar_a_network_emits(architect
     head = model.encoder.fc_logvar if architecture is VAE else model.fc_logvar
     with torch.no_grad():
         head.bias.fill_(logvar)
-    total, recon, kl = model.loss(random_images(3), None)
+    total, recon, kl = model.loss(random_images(3, architecture), None)
     total.backward()
     assert torch.isfinite(torch.stack([total, recon, kl])).all()
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
@@ -303,11 +308,11 @@ def test_loss_and_gradients_stay_finite_for_any_logvar_a_network_emits(architect
 @pytest.mark.parametrize("architecture", MODELS)
 def test_gradients_reach_every_parameter(architecture):
     model = architecture()
-    model.loss(random_images(8), None)[0].backward()
+    model.loss(random_images(8, architecture), None)[0].backward()
     assert all(p.grad.abs().sum() > 0 for p in model.parameters())
 
 
-@pytest.mark.parametrize("architecture", MODELS)
+@pytest.mark.parametrize("architecture", [VAE, ConvVAE])
 def test_overfits_64_images(architecture, drawn):
     model, x = architecture(), drawn.images[:64] / 255
     losses = overfit(model, x, steps=200, beta=0.01)
@@ -330,3 +335,15 @@ def test_decoding_is_deterministic_and_forward_draws():
     assert torch.equal(model.decode(z), model.decode(z))
     assert torch.equal(model.encode(x)[0], model.encode(x)[0])
     assert not torch.equal(model(x)[0], model(x)[0])
+
+
+def test_batchnorm_normalises_by_the_batch_in_training_and_by_averages_in_evaluation():
+    model, x = CelebAVAE(), random_images(6, CelebAVAE)
+    alone, together = model.encode(x[:1])[0], model.encode(x)[0][:1]
+    assert not torch.allclose(alone, together, rtol=0.01)
+    before = copy.deepcopy(model.state_dict())
+    model.eval()(x)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model.train()(x)
+    assert not torch.equal(model.state_dict()["encoder.1.running_mean"],
+                           before["encoder.1.running_mean"])

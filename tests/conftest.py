@@ -55,6 +55,12 @@ def drawn() -> data.Split:
 
 
 @pytest.fixture(scope="session")
+def faces() -> data.Split:
+    """400 drawn faces."""
+    return data.draw_faces(400, seed=1)
+
+
+@pytest.fixture(scope="session")
 def mnist_root(drawn, tmp_path_factory) -> Path:
     """A data folder in MNIST's format, with 1,000 + 300 drawn digits in it."""
     root = tmp_path_factory.mktemp("data")
@@ -68,7 +74,7 @@ def mnist_root(drawn, tmp_path_factory) -> Path:
 def digits_root(tmp_path_factory) -> Path:
     """A data folder with the cache of the built-in digits."""
     root = tmp_path_factory.mktemp("digits")
-    data.load_digits("digits", root)
+    data.load_dataset("digits", root)
     return root
 
 

@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import os
 import threading
+import zipfile
 from pathlib import Path
 
 import hypothesis.extra.numpy as hnp
@@ -14,9 +15,10 @@ import pytest
 import torch
 from conftest import write_idx, write_mnist
 from hypothesis import HealthCheck, given, settings
+from PIL import Image
 
 import data
-from data import Batches, DataUnavailable, Split, UserError, draw_digits, read_idx
+from data import Batches, DataUnavailable, Split, UserError, draw_digits, draw_faces, read_idx
 
 arrays = hnp.arrays(np.uint8, hnp.array_shapes(min_dims=1, max_dims=3, max_side=9))
 in_one_folder = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -153,7 +155,7 @@ def mirror(tmp_path, drawn, monkeypatch):
     requests = []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.handle_error = lambda *args: None  # a client may hang up
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
 
     def mirrors(*behaviours):
         urls = [f"http://127.0.0.1:{server.server_port}/{name}/" for name in behaviours]
@@ -300,7 +302,7 @@ def test_digits_are_cached_and_a_bad_cache_is_drawn_anew(digits_root, tmp_path, 
         return Split(labels.byte().view(n, 1, 1, 1), labels, factors)
 
     calls = []
-    monkeypatch.setattr(data, "draw_digits", small)
+    monkeypatch.setitem(data.DRAWN, "digits", (small, 60_000, 10_000))
     train, test = data.load_dataset("digits", digits_root)
     assert not calls  # the fixture has cached them
     assert len(train.images) == 60_000 and len(test.images) == 10_000
@@ -325,6 +327,133 @@ def test_digits_are_cached_and_a_bad_cache_is_drawn_anew(digits_root, tmp_path, 
     (tmp_path / "blocked").write_text("a file, so no folder")
     data.load_dataset("digits", tmp_path / "blocked")
     assert (tmp_path / "project" / "digits.npz").is_file()
+
+
+# -------------------------------------------------------------------- drawn faces
+
+
+def test_drawn_faces_are_deterministic_in_their_seed():
+    one, same, other = draw_faces(60, 5), draw_faces(60, 5), draw_faces(60, 6)
+    assert torch.equal(one.images, same.images) and torch.equal(one.labels, same.labels)
+    assert all(torch.equal(one.factors[name], same.factors[name]) for name in one.factors)
+    assert not torch.equal(one.images, other.images)
+
+
+def test_drawn_faces_have_the_stated_form(faces):
+    assert faces.images.shape == (400, 3, 64, 64) and faces.images.dtype == torch.uint8
+    assert faces.factors.keys() == {*data.FACE_FACTORS, "glasses"}
+    assert torch.equal(faces.labels, (faces.factors["smile"] > 0).long())
+    assert set(faces.factors["glasses"].tolist()) == {0, 1}
+    for name, (low, high) in data.FACE_FACTORS.items():
+        values = faces.factors[name]
+        assert values.shape == (400,) and low <= values.min() and values.max() <= high
+        assert values.max() - values.min() > 0.95 * (high - low)
+
+
+def test_factors_of_faces_are_independent():
+    table = torch.stack([values.double() for values in data.face_factors(20_000, 2).values()])
+    correlation = torch.corrcoef(table) - torch.eye(len(table))
+    assert correlation.abs().max() < 5 / 20_000**0.5
+
+
+def paint(faces: Split, **changed: float) -> torch.Tensor:
+    """The first 12 faces with some factors changed: (12, 3, 64, 64), float."""
+    factors = {name: values[:12].clone() for name, values in faces.factors.items()}
+    for name, value in changed.items():
+        factors[name].fill_(value)
+    return data.paint_faces(factors).float()
+
+
+# In which rows of the image a factor may show.
+FACE_ROWS = {
+    "skin": (0, 64), "hair_colour": (0, 64), "hair_length": (0, 64), "fringe": (0, 48),
+    "face_width": (0, 64), "jaw": (28, 64), "beard": (24, 60), "eye_size": (10, 40),
+    "eye_colour": (18, 40), "gaze": (18, 40), "turn": (0, 64), "brows": (10, 32),
+    "smile": (34, 58), "mouth_open": (38, 58), "shirt": (48, 64), "background": (0, 64),
+    "glasses": (20, 42),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FACE_ROWS)
+def test_a_factor_of_faces_shows_where_it_should_and_is_smooth(faces, name):
+    assert FACE_ROWS.keys() == faces.factors.keys()
+    low, high = (0.0, 1.0) if name in ("glasses", "beard") else data.FACE_FACTORS[name]
+    factors = {key: values[:2].repeat_interleave(101) for key, values in faces.factors.items()}
+    factors[name] = torch.linspace(low, high, 101).repeat(2)
+    path = data.paint_faces(factors).float().view(2, 101, 3, 64, 64)
+    change = (path[:, -1] - path[:, 0]).abs().mean(dim=1)  # (2, 64, 64)
+    first, last = FACE_ROWS[name]
+    assert (change[:, first:last].sum(dim=(1, 2)) > 0.99 * change.sum(dim=(1, 2))).all()
+    assert (change.amax(dim=(1, 2)) > 15).all()
+    # Edges are soft: a step, a third of a pixel at most, nowhere swaps one colour for another.
+    assert path.diff(dim=1).abs().max() < 110
+
+
+def test_factors_of_faces_are_what_their_names_say(faces):
+    """From one end to the other each moves what it should, the right way, in every face."""
+
+    def mask(colour, rows=(0, 64), columns=(0, 64), **changed):
+        """What has the colour of a factor: its area and its centre (x, y), within limits."""
+        one, other = (paint(faces, **{colour: v, "beard": -1, **changed}) for v in (0, 1))
+        part = (one - other).abs().mean(dim=1)[:, slice(*rows), slice(*columns)]
+        area = part.sum(dim=(1, 2))
+        x = (part.sum(dim=1) * torch.arange(part.shape[2])).sum(dim=1) / area
+        y = (part.sum(dim=2) * torch.arange(part.shape[1])).sum(dim=1) / area
+        return area, x, y
+
+    area, x, y = 0, 1, 2
+    for factor, low, high, statistic, arguments in (
+        ("gaze", -1, 1, x, {"colour": "eye_colour"}),
+        ("turn", -1, 1, x, {"colour": "eye_colour"}),
+        ("eye_size", 0.8, 1.25, area, {"colour": "eye_colour", "gaze": 0, "turn": 0}),
+        ("face_width", 0.47, 0.57, area, {"colour": "skin"}),
+        ("jaw", 0, 1, area, {"colour": "skin", "rows": (40, 64)}),
+        ("hair_length", 0, 1, area, {"colour": "hair_colour"}),
+        ("hair_length", 0, 1, y, {"colour": "hair_colour"}),
+        ("fringe", 0, 1, area, {"colour": "hair_colour"}),
+        ("beard", 0, 1, area, {"colour": "hair_colour", "rows": (40, 60)}),
+        ("mouth_open", 1, 0, area, {"colour": "skin", "rows": (38, 58)}),
+        ("brows", -1, 1, y, {"colour": "hair_colour", "rows": (14, 30), "columns": (26, 38),
+                             "fringe": 0, "turn": 0}),
+    ):
+        before = mask(**{**arguments, factor: low})[statistic]
+        after = mask(**{**arguments, factor: high})[statistic]
+        assert (after > before).all(), (factor, before, after)
+
+    # A smile lifts the corners of the mouth: what has become darker lies above what was dark.
+    fixed = {"turn": 0, "mouth_open": 0, "beard": -1, "skin": 0}
+    change = (paint(faces, smile=1, **fixed) - paint(faces, smile=-1, **fixed)).mean(dim=1)
+    rows = torch.arange(64.0)
+    for corner in (slice(23, 26), slice(38, 41)):
+        darker, lighter = ((-change).clamp(min=0), change.clamp(min=0))
+        above, below = ((part[..., corner].sum(dim=2) * rows).sum(dim=1) / part[..., corner].sum(
+            dim=(1, 2)) for part in (darker, lighter))
+        assert (above < below - 1).all()
+
+
+def test_faces_of_another_size_are_the_same_faces_and_write_celeba_writes_them(tmp_path):
+    drawn = draw_faces(40, seed=3)
+    folder = data.write_celeba(tmp_path, 40, zipped=True, seed=3)
+    assert {path.name for path in folder.iterdir()} == {
+        "img_align_celeba.zip", "list_attr_celeba.txt", "list_eval_partition.txt"
+    }
+    with zipfile.ZipFile(folder / "img_align_celeba.zip") as archive:
+        with archive.open("img_align_celeba/000001.jpg") as file:
+            image = Image.open(file)
+            assert image.size == (178, 218) and image.mode == "RGB"
+    train, test = data.load_dataset("celeba", tmp_path)
+    assert len(train.images) == 32 and len(test.images) == 4
+    for split, part in ((train, slice(32)), (test, slice(36, 40))):
+        assert (split.images.float() - drawn.images[part].float()).abs().mean() < 4
+        assert torch.equal(split.labels, drawn.labels[part])
+        assert len(split.factors) == 40
+        assert torch.equal(split.factors["Eyeglasses"], drawn.factors["glasses"][part].byte())
+        assert not split.factors["Male"].any()  # drawings have no sex
+    with pytest.raises(FileExistsError):  # it may be the real one
+        data.write_celeba(tmp_path, 10)
+    data.write_celeba(tmp_path / "other", 40, seed=3)
+    for one, other in zip((train, test), data.load_dataset("celeba", tmp_path / "other")):
+        assert torch.equal(one.images, other.images)
 
 
 # ------------------------------------------------------------------------ batches

@@ -24,13 +24,19 @@ train-mnist-2d: .venv/ready  ## the same with two latents: scatter and manifold
 train-conv: .venv/ready  ## the convolutional VAE on MNIST, 10 epochs
 	$(TRAIN) --model conv
 
+train-celeba: .venv/ready  ## the VAE of 64 x 64 faces on CelebA, or on drawn ones
+	$(RUN) train.py --model celeba --fallback faces --batch-size 32 --epochs 6
+
 ae: .venv/ready  ## an autoencoder beside a VAE: what sampling needs
 	$(RUN) ae.py --dataset mnist --fallback digits
 
 test: .venv/ready  ## the tests: on the CPU, offline, under two minutes
 	$(RUN) -m pytest -q tests
 
+bench: .venv/ready  ## how fast faces are decoded, beside Pillow alone
+	$(RUN) tests/bench.py
+
 clean:  ## remove .venv and caches; keeps data/ and runs/
 	rm -rf .venv .pytest_cache .hypothesis __pycache__ tests/__pycache__
 
-.PHONY: help setup train-mnist train-mnist-2d train-conv ae test clean
+.PHONY: help setup train-mnist train-mnist-2d train-conv train-celeba ae test bench clean

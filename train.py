@@ -4,6 +4,7 @@
     python train.py --model conv --beta 4         a convolutional beta-VAE
     python train.py --latent-dim 2                two latents, to draw as a map
     python train.py --dataset digits              no download: digits drawn here
+    python train.py --model celeba --limit 20000  faces, from CelebA's files (chapter 2.7)
     python train.py --out runs/long --epochs 50 --resume      begin it, or go on with it
 
 A run is a folder: config.json (what was asked), history.csv (a row an epoch, nats per
@@ -17,7 +18,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -28,11 +28,12 @@ import torch
 import torch.nn as nn
 
 from ae import Autoencoder
-from data import DATASETS, PROJECT_DATA, Batches, DataUnavailable, Split, UserError
-from data import load_dataset, write_atomically
-from vae import VAE, ConvVAE
+from data import DATASETS, DRAWN, PROJECT_DATA, Batches, DataUnavailable, Split, UserError
+from data import load_dataset, show_status, write_atomically
+from vae import VAE, CelebAVAE, ConvVAE
 
-MODELS = {"ae": Autoencoder, "mlp": VAE, "conv": ConvVAE}
+MODELS = {"ae": Autoencoder, "mlp": VAE, "conv": ConvVAE, "celeba": CelebAVAE}
+COLOUR = ("celeba", "faces")  # 64 x 64 in colour; the other datasets are 28 x 28 in grey
 
 RUN_FILES = ("config.json", "checkpoint.pt")
 # What decides a run's numbers; --resume insists that none of it has changed.
@@ -101,13 +102,12 @@ def progress(batches: Batches, epoch: int, epochs: int) -> Iterator:
         now = time.monotonic()
         if now - shown > 0.2:
             shown, steps_left = now, len(batches) * (epochs - epoch + 1) - step
-            line = (
+            show_status(
                 f"epoch {epoch}/{epochs}  {100 * step // len(batches):3d} %  "
                 f"{images / (now - start):,.0f} images/s  "
                 f"{(now - start) / step * steps_left:.0f} s left"
             )
-            print(f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
-    print("\r\033[K", end="")
+    show_status("")
 
 
 # ------------------------------------------------------------------- runs on disk
@@ -250,20 +250,25 @@ def parse_args(argv: list[str] | None, description: str = __doc__) -> argparse.N
     """The options of a training run, checked; UserError for a bad one."""
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("model and loss").add_argument
-    add("--model", choices=MODELS, default="mlp",
-        help="ae: the autoencoder; mlp: the fully connected VAE; conv: the convolutional "
-        "VAE (default: mlp)")
+    add("--model", choices=MODELS,
+        help="ae: the autoencoder; mlp: the fully connected VAE; conv: the convolutional VAE; "
+        "celeba: the same for 64 x 64 in colour (default: mlp; celeba for celeba and faces)")
     add("--latent-dim", type=number(int, 1, 2**16), metavar="N",
-        help="size of the code z (default: 20, conv 128)")
+        help="size of the code z (default: 20, conv 128, celeba 256)")
     add("--beta", type=number(float, 0), default=1.0, metavar="B",
         help="weight of the KL in the loss: 1 is the VAE, more a beta-VAE (default: 1)")
     add = parser.add_argument_group("data").add_argument
-    add("--dataset", choices=DATASETS, default="mnist",
-        help="mnist and fashion-mnist are downloaded once; digits are drawn here, once "
-        "(default: mnist)")
-    add("--fallback", choices=["digits"],
+    add("--dataset", choices=DATASETS,
+        help="mnist and fashion-mnist are downloaded once, celeba you put there yourself (see "
+        "the README), digits and faces are drawn here, once (default: mnist; for --model celeba, "
+        "celeba)")
+    add("--fallback", choices=DRAWN,
         help="train on this instead if the dataset is neither on disk nor available from "
         "the network; without --fallback that is an error")
+    add("--limit", type=number(int, 1), metavar="N",
+        help="train on the first N training images only")
+    add("--skip-broken", action="store_true",
+        help="leave out the JPEGs of celeba that cannot be decoded, instead of stopping")
     add("--data-dir", metavar="DIR",
         help="where the datasets are (default: $VAE_DATA_DIR, else data/ beside train.py)")
     add = parser.add_argument_group("training").add_argument
@@ -286,6 +291,16 @@ def parse_args(argv: list[str] | None, description: str = __doc__) -> argparse.N
     args = parser.parse_args(argv)
     if args.resume and args.out is None:
         parser.error("--resume needs --out DIR, the run to go on with")
+    if args.dataset is None:
+        args.dataset = "celeba" if args.model == "celeba" else "mnist"
+    if args.model is None:
+        args.model = "celeba" if args.dataset in COLOUR else "mlp"
+    for dataset in filter(None, (args.dataset, args.fallback)):
+        if (dataset in COLOUR) != (args.model == "celeba"):
+            parser.error(
+                f"--model {args.model} does not fit {dataset}: celeba and faces are 64 x 64 in "
+                "colour, for --model celeba; the others are 28 x 28 in grey, for the other models"
+            )
     if args.model == "ae" and args.beta != 1:
         parser.error("--beta weighs the KL, and --model ae has none")
     return args
@@ -309,7 +324,7 @@ def load_or_fall_back(args: argparse.Namespace) -> tuple[str, tuple[Split, Split
     """The dataset asked for, or --fallback if that is not available: its name and splits."""
     root = find_data_dir(args.data_dir)
     try:
-        return args.dataset, load_dataset(args.dataset, root)
+        return args.dataset, load_dataset(args.dataset, root, args.skip_broken)
     except DataUnavailable as error:
         if args.fallback is None:
             raise
@@ -325,6 +340,8 @@ def main(argv: list[str] | None = None) -> Path:
     args = parse_args(argv)
     device = find_device(args.device)
     dataset, (train_split, test_split) = load_or_fall_back(args)
+
+    train_split = Split(train_split.images[: args.limit], train_split.labels[: args.limit], {})
 
     torch.manual_seed(args.seed)
     model = build_model(args.model, args.latent_dim)
@@ -349,6 +366,7 @@ def main(argv: list[str] | None = None) -> Path:
     name += f"-{args.model}"
     name += f"-beta{args.beta:g}" if args.beta != 1 else ""
     name += f"-latent{args.latent_dim}" if args.latent_dim else ""
+    name += f"-first{args.limit}" if args.limit else ""
     folder = open_run(args.out, args.resume, name)
     checkpoint, history = None, []
     if args.resume and (folder / "checkpoint.pt").exists():
@@ -367,7 +385,7 @@ def main(argv: list[str] | None = None) -> Path:
 
     images, labels, _ = train_split
     train_loader = Batches(images.to(device), labels.to(device), args.batch_size, shuffle=True)
-    images, labels, _ = test_split
+    images, labels, factors = test_split
     test_loader = Batches(images.to(device), labels.to(device), batch_size=1000)
     print(
         f"{args.model} with {config['parameters']:,} parameters on {dataset}, "
@@ -404,7 +422,7 @@ def main(argv: list[str] | None = None) -> Path:
 
     from viz import draw_run  # viz.py stands on this file; only here does it look up
 
-    draw_run(folder, model, config, history, test_loader)
+    draw_run(folder, model, config, history, test_loader, factors)
     print(f"saved in {folder}: config.json, history.csv, checkpoint.pt and the figures")
     if config["notice"]:
         print(f"*** REMEMBER: these are the {config['notice'].upper()}. ***")

@@ -1,4 +1,4 @@
-"""Pictures of a trained model and its latent space (chapter 2.5 - 2.6).
+"""Pictures of a trained model and its latent space (chapter 2.5 - 2.7).
 
     python viz.py runs/mnist-mlp           redraw every figure of a run
 
@@ -22,6 +22,11 @@ from data import CLASS_NAMES, Batches, load_dataset, write_atomically
 from train import Parser, find_data_dir, load_run, run_cli
 from vae import kl_divergence_gaussian
 
+# The attributes that attributes.png adds to faces and takes away.
+ATTRIBUTES = {
+    "celeba": ("Smiling", "Eyeglasses", "Male"),
+    "faces": ("smile", "glasses", "hair_length", "turn"),
+}
 DPI = 150
 matplotlib.rcParams["font.size"] = 8
 
@@ -235,7 +240,8 @@ def visualize_latent_manifold(
     images = images.view(n * n, -1, digit_size, digit_size)
     labels = [f"{value:.1f}" for value in z.tolist()]
     rows, columns = [f"z2={labels[-1]}", *labels[-2::-1]], [f"z1={labels[0]}", *labels[1:]]
-    save_tiles(images, n, path, note, rows, columns, gap=0, scale=2)
+    scale = 2 if digit_size < 64 else 1
+    save_tiles(images, n, path, note, rows, columns, gap=0, scale=scale)
 
 
 @torch.no_grad()
@@ -273,13 +279,53 @@ def visualize_traversals(
     save_tiles(model.decode(z.flatten(0, 1)), num_steps, path, note, row_labels, column_labels)
 
 
+@torch.no_grad()
+def visualize_attributes(
+    model: nn.Module,
+    test_loader: Iterable,
+    device,
+    path,
+    attributes: dict[str, Tensor],
+    note: str = "",
+) -> None:
+    """Add each attribute to a test face without it, and take it from one that has it.
+
+    attributes: name -> (n,), a value for every image of test_loader. An image has the
+    attribute where its value is above the mean. The direction of an attribute is the
+    mean code of the images that have it minus the mean code of those that have not.
+    """
+    model.eval()
+    z = torch.cat([mean_codes(model, images.to(device)) for images, _ in test_loader])
+    images = torch.cat([images for images, _ in test_loader])
+    steps = torch.linspace(0, 2, 5, device=z.device)
+    rows = []
+    for values in attributes.values():
+        has = (values > values.double().mean()).to(z.device)
+        direction = z[has].mean(dim=0) - z[~has].mean(dim=0)
+        for which, sign in ((~has, 1), (has, -1)):
+            i = which.nonzero()[0].item()  # the first such face
+            walk = model.decode(z[i] + sign * steps[:, None] * direction)
+            rows += [images[i : i + 1].to(device), as_images(walk)]
+    columns = ["input", *(f"{step:+g}" for step in steps.tolist())]
+    columns += ["input", *(f"{-step:+g}" for step in steps.tolist())]
+    save_tiles(torch.cat(rows), len(columns), path, note, list(attributes), columns)
+
+
 # -------------------------------------------------------------------- a whole run
 
 
 def draw_run(
-    folder: str | Path, model: nn.Module, config: dict, history: list[dict], loader: Iterable
+    folder: str | Path,
+    model: nn.Module,
+    config: dict,
+    history: list[dict],
+    loader: Iterable,
+    factors: dict[str, Tensor],
 ) -> None:
-    """Draw into folder every figure that applies to the run; loader: its test images."""
+    """Draw into folder every figure that applies to the run.
+
+    loader: its test images; factors: what is known about them, name -> (n,).
+    """
     folder = Path(folder)
     device = next(model.parameters()).device
     note = config["notice"]
@@ -291,10 +337,17 @@ def draw_run(
     visualize_interpolation(model, loader, device, folder / "interpolation.png", note=note)
     if config["model"] != "ae":  # it has no KL to order its latents by
         visualize_traversals(model, loader, device, folder / "traversals.png", note=note)
+    names = [name for name in ATTRIBUTES.get(config["dataset"], ()) if name in factors]
+    attributes = {name: factors[name] for name in names if len(factors[name].unique()) > 1}
+    if attributes:
+        path = folder / "attributes.png"
+        visualize_attributes(model, loader, device, path, attributes, note)
     if config["latent_dim"] == 2:
         names = CLASS_NAMES[config["dataset"]]
         visualize_latent_space_2d(model, loader, device, folder / "latent_space.png", names, note)
-        visualize_latent_manifold(model, device, folder / "manifold.png", note=note)
+        side = first_images(loader, device, 1).shape[-1]
+        path = folder / "manifold.png"
+        visualize_latent_manifold(model, device, path, digit_size=side, note=note)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -304,9 +357,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     model, checkpoint = load_run(args.run)
     config = checkpoint["config"]
-    _, test = load_dataset(config["dataset"], find_data_dir(args.data_dir))
+    _, test = load_dataset(config["dataset"], find_data_dir(args.data_dir), skip_broken=True)
     test_loader = Batches(test.images, test.labels, batch_size=1000)
-    draw_run(args.run, model, config, checkpoint["history"], test_loader)
+    draw_run(args.run, model, config, checkpoint["history"], test_loader, test.factors)
     print(f"figures drawn in {args.run}")
 
 

@@ -15,14 +15,21 @@ from conftest import PROJECT, assert_user_error, run_here, run_script
 from torch.utils.data import DataLoader, TensorDataset
 
 import ae
+import data
 import train
 import viz
 from ae import Autoencoder
-from data import Batches
-from vae import VAE, ConvVAE
+from data import Batches, write_celeba
+from vae import VAE, CelebAVAE, ConvVAE
 
 FILES = {"config.json", "history.csv", "checkpoint.pt"}
 FIGURES = {"training.png", "reconstruction.png", "samples.png", "interpolation.png"}
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Do not draw, which takes longer than to train on so few images."""
+    monkeypatch.setattr(viz, "draw_run", lambda *args: None)
 
 
 @pytest.fixture
@@ -121,11 +128,20 @@ def test_testing_changes_nothing_and_uses_evaluation_mode(loader):
     assert all(p.grad is None for p in vae.parameters())
 
 
+def test_an_epoch_on_faces_lowers_the_test_loss(faces):
+    """Measured with the running averages of BatchNorm, which have to have come along."""
+    model, loader = CelebAVAE(), Batches(faces.images, faces.labels, batch_size=10)
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    before = train.test_epoch(model, loader, "cpu")
+    trained = train.train_epoch(model, loader, optimizer, "cpu")
+    assert train.test_epoch(model, loader, "cpu")[0] < trained[0] < before[0]
+
+
 def test_progress_on_a_terminal_shows_throughput_and_time_left(loader, monkeypatch, capsys):
     clock = iter(range(1000))
     monkeypatch.setattr(train.time, "monotonic", lambda: next(clock))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(train.shutil, "get_terminal_size", lambda: os.terminal_size((60, 9)))
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((60, 9)))
     batches = list(train.progress(loader, epoch=2, epochs=3))
     assert len(batches) == 8
     lines = capsys.readouterr().out.split("\r\033[K")
@@ -177,11 +193,15 @@ def test_a_run_leaves_its_files_and_figures(tmp_path, mnist_root):
     assert config["model"] == "mlp" and config["latent_dim"] == 2 and config["notice"] == ""
 
 
-def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path, mnist_root):
+@pytest.mark.usefixtures("no_figures")
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(
+    tmp_path, mnist_root, monkeypatch
+):
     """Bit for bit; and a second run goes into a folder of its own."""
-    for _ in range(2):
-        arguments = ["--data-dir", mnist_root, "--epochs", 2]
-        assert run_script("train.py", *arguments, cwd=tmp_path).returncode == 0
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--data-dir", mnist_root, "--epochs", 2]
+    assert run_script("train.py", *arguments, cwd=tmp_path).returncode == 0
+    run_train(root=mnist_root)
     run_train("--seed", 1, "--out", tmp_path / "other", root=mnist_root)
     folders = ["runs/mnist-mlp", "runs/mnist-mlp-2", "other"]
     one, same, other = (tmp_path / folder for folder in folders)
@@ -191,6 +211,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path, mni
     assert not torch.equal(weights[0]["decoder_fc2.weight"], weights[2]["decoder_fc2.weight"])
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_resumed_run_gives_the_numbers_of_an_uninterrupted_one(tmp_path, mnist_root):
     options = ["--data-dir", str(mnist_root), "--model", "conv", "--latent-dim", "5"]
     options += ["--beta", "2", "--resume", "--out"]
@@ -205,6 +226,7 @@ def test_a_resumed_run_gives_the_numbers_of_an_uninterrupted_one(tmp_path, mnist
     assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_main_shuffles_training_images_only_and_finds_data_by_the_environment(
     tmp_path, mnist_root, monkeypatch
 ):
@@ -221,6 +243,7 @@ def test_main_shuffles_training_images_only_and_finds_data_by_the_environment(
     assert_user_error(run_here(train.main), "nowhere")
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, mnist_root, monkeypatch):
     """The disk is full from the second file on: that is the checkpoint, after config.json."""
 
@@ -241,6 +264,7 @@ def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, mnist_root, monke
     assert run_here(train.main, *options).returncode == 0 and len(read_history(folder)) == 3
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_main_passes_its_options_on(tmp_path, mnist_root):
     for name, options in (("one", ()), ("four", ("--beta", 4)), ("fast", ("--lr", 0.005))):
         run_train("--out", tmp_path / name, *options, root=mnist_root)
@@ -256,6 +280,7 @@ def test_main_passes_its_options_on(tmp_path, mnist_root):
     assert runs["fast"]["history"][1]["test_loss"] < runs["one"]["history"][1]["test_loss"]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_runs_of_different_seeds_share_no_random_numbers(tmp_path, mnist_root, monkeypatch):
     """Not even shifted by an epoch, as seed + epoch would have it."""
     seeds, manual_seed = [], torch.manual_seed
@@ -269,6 +294,7 @@ def test_runs_of_different_seeds_share_no_random_numbers(tmp_path, mnist_root, m
     assert not used[0] & used[1]
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_resume_refuses_another_run(tmp_path, mnist_root):
     folder = tmp_path / "run"
     run_train("--out", folder, root=mnist_root)
@@ -288,13 +314,15 @@ def test_resume_refuses_another_run(tmp_path, mnist_root):
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def test_fallback_is_said_everywhere_and_never_silent(tmp_path, digits_root):
-    arguments = ["train.py", "--data-dir", digits_root, "--epochs", 1, "--batch-size", 1000]
-    refused = run_script(*arguments, "--dataset", "mnist", cwd=tmp_path)
+def test_fallback_is_said_everywhere_and_never_silent(tmp_path, digits_root, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(data.IDX_MIRRORS, "mnist", ["http://127.0.0.1:9/"])
+    arguments = ["--data-dir", digits_root, "--epochs", 1, "--batch-size", 1000]
+    refused = run_here(train.main, *arguments, "--dataset", "mnist")
     assert_user_error(refused, "mnist", "cannot be downloaded", "--dataset digits")
     assert not (tmp_path / "runs").exists()
 
-    result = run_script(*arguments, "--fallback", "digits", cwd=tmp_path)
+    result = run_script("train.py", *arguments, "--fallback", "digits", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert any(line.startswith("*** MNIST IS NOT AVAILABLE") for line in lines)
@@ -311,6 +339,51 @@ def test_fallback_is_said_everywhere_and_never_silent(tmp_path, digits_root):
     assert json.loads((folder / "config.json").read_text()) == config
 
 
+def test_faces_from_files_to_figures(tmp_path, monkeypatch):
+    """CelebA's layout, zipped, to figures; limited, and resumed with BatchNorm's averages."""
+    write_celeba(tmp_path, 60, zipped=True)
+    options = ["--model", "celeba", "--limit", 30, "--batch-size", 10, "--latent-dim", 8]
+    monkeypatch.chdir(tmp_path)
+    run_train(*options, root=tmp_path)
+    run_train(*options, "--epochs", 1, "--out", "parts", "--resume", root=tmp_path)
+    run_train(*options, "--out", "parts", "--resume", root=tmp_path)
+    whole = Path("runs/celeba-celeba-latent8-first30")
+    expected = FILES | FIGURES | {"traversals.png", "attributes.png"}
+    assert {path.name for path in whole.iterdir()} == expected
+    (_, one), (_, other) = train.load_run(whole), train.load_run("parts")
+    assert one["config"]["train_images"] == 30 and one["config"]["test_images"] == 6
+    assert read_history(whole) == read_history(Path("parts"))
+    assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
+    refused = run_here(train.main, *options, "--data-dir", tmp_path, "--limit", 31,
+                       "--out", "parts", "--resume")
+    assert_user_error(refused, "train_images 30")
+
+
+def test_without_celeba_the_fallback_is_faces(tmp_path, monkeypatch):
+    monkeypatch.setitem(data.DRAWN, "faces", (data.draw_faces, 40, 20))
+    monkeypatch.chdir(tmp_path)
+    output = run_train("--model", "celeba", "--fallback", "faces", root=tmp_path)
+    lines = output.splitlines()
+    assert lines[0].startswith("*** CELEBA IS NOT AVAILABLE: training on the built-in faces")
+    assert lines[-1] == "*** REMEMBER: these are the BUILT-IN FACES, NOT CELEBA. ***"
+    folder = Path("runs/faces-instead-of-celeba-celeba")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["notice"] == "built-in faces, not celeba"
+    assert (folder / "attributes.png").is_file()
+
+
+def test_model_and_dataset_follow_each_other():
+    for options, expected in (
+        ([], ("mlp", "mnist")),
+        (["--model", "celeba"], ("celeba", "celeba")),
+        (["--dataset", "faces"], ("celeba", "faces")),
+        (["--dataset", "digits"], ("mlp", "digits")),
+        (["--model", "conv"], ("conv", "mnist")),
+    ):
+        args = train.parse_args(options)
+        assert (args.model, args.dataset) == expected
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
@@ -325,6 +398,10 @@ def test_fallback_is_said_everywhere_and_never_silent(tmp_path, digits_root):
         (["--resume"], ["--resume", "--out"]),
         (["--model", "ae", "--beta", "4"], ["--beta", "ae"]),
         (["--unknown"], ["--unknown"]),
+        (["--limit", "0"], ["--limit", "0"]),
+        (["--model", "celeba", "--dataset", "mnist"], ["--model celeba", "mnist", "64 x 64"]),
+        (["--model", "conv", "--dataset", "faces"], ["--model conv", "faces", "64 x 64"]),
+        (["--model", "celeba", "--fallback", "digits"], ["--model celeba", "digits"]),
     ],
 )
 def test_bad_options_end_in_one_line(tmp_path, monkeypatch, options, words):
@@ -367,6 +444,7 @@ def test_a_path_that_the_terminal_cannot_print_is_no_error(tmp_path, mnist_root,
     assert (tmp_path / "潜在 空間" / "checkpoint.pt").is_file()
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_an_exploding_loss_ends_in_one_line_and_keeps_the_last_good_epoch(tmp_path, mnist_root):
     folder = tmp_path / "run"
     run_train("--out", folder, root=mnist_root)

@@ -9,6 +9,7 @@ from PIL import Image
 
 import viz
 from data import Batches
+from vae import CelebAVAE
 
 
 class Known(torch.nn.Module):
@@ -161,6 +162,47 @@ def test_the_scatter_shows_every_class_at_its_codes_in_its_own_colour(tmp_path, 
     shares = [(prior < circle.radius).double().mean().item() for circle in axes.patches]
     assert shares == pytest.approx([0.5, 0.95], abs=0.01)
     assert Image.open(tmp_path / "s.png").size[0] > 800
+
+
+def test_attributes_are_added_and_taken_away_along_the_difference_of_means(tmp_path):
+    """Codes are the first pixels: an attribute that is the second, one that is the third."""
+    images = torch.randint(100, (40, 3, 4, 4), dtype=torch.uint8)
+    flat = images.view(40, -1)
+    even = torch.arange(40) % 2 == 0
+    flat[:, 1] = torch.where(even, 200, 50)
+    loader = [(x / 255, y) for x, y in zip(images.split(15), torch.arange(40).split(15))]
+    model, codes = Known(3, (3, 4, 4)), []
+    model.decode = lambda z: codes.append(z) or torch.rand(len(z), 3, 4, 4)
+    some = torch.rand(40)
+    attributes = {"even": even.to(torch.uint8), "real": some}
+    viz.visualize_attributes(model, loader, "cpu", tmp_path / "a.png", attributes)
+    z = flat[:, :3] / 255
+    for number, has in enumerate((even, some > some.mean())):
+        direction = z[has].mean(dim=0) - z[~has].mean(dim=0)
+        added, taken = codes[2 * number : 2 * number + 2]
+        without, with_it = z[~has][0], z[has][0]
+        for step in range(5):
+            torch.testing.assert_close(added[step], without + step / 2 * direction)
+            torch.testing.assert_close(taken[step], with_it - step / 2 * direction)
+    shown = read_tiles(tmp_path / "a.png", 2, 12, 4, 21).permute(0, 3, 1, 2)
+    for tile, image in ((0, 1), (6, 0)):  # the inputs: the first odd, the first even
+        assert (shown[tile] - images[image].float()).abs().max() <= 1
+
+
+def test_figures_leave_batchnorm_as_it_is(tmp_path, faces):
+    model = CelebAVAE(latent_dim=2).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    loader = Batches(faces.images[:20], faces.labels[:20], 7)
+    config = {"model": "celeba", "dataset": "faces", "notice": "", "seed": 0, "latent_dim": 2}
+    history = [{"epoch": 1} | {f"{a}_{b}": 1.0 for a in ("train", "test")
+                               for b in ("loss", "recon", "kl")}]
+    factors = {name: values[:20] for name, values in faces.factors.items()}
+    viz.draw_run(tmp_path, model, config, history, loader, factors)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert {path.stem for path in tmp_path.glob("*.png")} == {
+        "training", "reconstruction", "samples", "interpolation", "traversals", "attributes",
+        "latent_space", "manifold",
+    }
 
 
 def test_samples_are_what_the_model_draws(tmp_path):

@@ -370,33 +370,41 @@ def build_celeba_cache(
     if free < 1.02 * size:
         raise UserError(f"{path}: takes {size / 1e9:.2f} GB; its disk has {free / 1e9:.2f} GB free")
 
-    order = np.argsort(parts, kind="stable").tolist()  # all of training first, and so on
-    chunks = (order[i : i + DECODE_CHUNK] for i in range(0, len(order), DECODE_CHUNK))
-    tasks = ([(i, names[i], jpegs[names[i]]) for i in chunk] for chunk in chunks)
-    kept, broken = [], []
+    order = np.argsort(parts, kind="stable")  # all of training first, and so on
+    entries = [(names[i], jpegs[names[i]]) for i in order]
+    tasks = ((row, entries[row : row + DECODE_CHUNK]) for row in range(0, len(names), DECODE_CHUNK))
     print(f"celeba: decoding {len(names):,} images into {path}, once", flush=True)
-    start = time.monotonic()
+    start, done, broken = time.monotonic(), 0, {}
     with write_atomically(path) as file:
         write_npy_header(file, len(names))
-        for images, good, bad in in_parallel(functools.partial(decode_chunk, read), tasks):
+        file.flush()
+        pixels = file.tell()
+        decode = functools.partial(decode_chunk, read, file.name, pixels)
+        for count, bad in in_parallel(decode, tasks):
             if bad and not skip_broken:
-                raise UserError(f"{source}: {bad[0]}; --skip-broken leaves it out")
-            file.write(images)
-            kept += good
-            broken += bad
-            done, seconds = len(kept) + len(broken), time.monotonic() - start
+                raise UserError(f"{source}: {min(bad.items())[1]}; --skip-broken leaves it out")
+            broken |= bad
+            done, seconds = done + count, time.monotonic() - start
             show_status(
                 f"{done:,} of {len(names):,} images, {done / seconds:,.0f} images/s, "
                 f"{seconds / done * (len(names) - done):.0f} s left"
             )
+        kept = [row for row in range(len(names)) if row not in broken]
+        if broken:  # close the gaps
+            images = np.memmap(file.name, np.uint8, "r+", pixels, (len(names), 3, 64, 64))
+            for to, row in enumerate(kept):
+                images[to] = images[row]
+            images.flush()
+        order = order[kept]
         info = {
             "recipe": recipe,
-            "splits": [int((parts[kept] == part).sum()) for part in (0, 1, 2)],
+            "splits": [int((parts[order] == part).sum()) for part in (0, 1, 2)],
             "attributes": attribute_names,
             "notices": notices + more_notices,
-            "broken": broken,
+            "broken": list(broken.values()),
         }
-        np.save(file, attributes[kept])
+        file.truncate(file.seek(pixels + len(kept) * 3 * 64 * 64))
+        np.save(file, attributes[order])
         np.save(file, np.frombuffer(json.dumps(info).encode(), np.uint8))
         file.seek(0)
         write_npy_header(file, len(kept))  # as long as the first: numpy leaves room for n
@@ -443,7 +451,7 @@ def list_zip(path: Path) -> tuple[dict[str, tuple], Callable]:
 def read_from_zip(path: Path, where: tuple[int, int, int, int]) -> bytes:
     """One member of an archive. zipfile would need the whole directory in every process."""
     offset, size, method, checksum = where
-    with open(path, "rb") as file:
+    with open(path, "rb", buffering=0) as file:
         file.seek(offset)
         header = file.read(30)  # it ends with the lengths of the name and the extra field
         file.seek(sum(struct.unpack("<HH", header[26:])), os.SEEK_CUR)
@@ -456,20 +464,26 @@ def read_from_zip(path: Path, where: tuple[int, int, int, int]) -> bytes:
 
 
 def decode_chunk(
-    read: Callable, task: list[tuple[int, str, object]]
-) -> tuple[np.ndarray, list[int], list[str]]:
-    """Decode the images (index, name, where): their pixels, their indices, and the broken."""
-    images, good, bad = np.empty((len(task), 3, 64, 64), np.uint8), [], []
-    for index, name, where in task:
+    read: Callable, path: str, pixels: int, task: tuple[int, list[tuple]]
+) -> tuple[int, dict[int, str]]:
+    """Decode some images, (name, where) each, into their rows of the file at path.
+
+    pixels: where in the file row 0 begins; task: the first row, and the images. Returns how
+    many images these were, and what is wrong with the broken ones: row -> reason.
+    """
+    first, entries = task
+    images, broken = np.empty((len(entries), 3, 64, 64), np.uint8), {}
+    for i, (name, where) in enumerate(entries):
         try:
-            images[len(good)] = decode_face(read(where))
+            images[i] = decode_face(read(where))
         except Exception as error:  # Pillow has many kinds for the many ways to be broken
             if isinstance(error, MemoryError) or getattr(error, "errno", None):
                 raise  # that is not the image's fault
-            bad.append(f"{name} is broken ({' '.join(str(error).split())})")
-        else:
-            good.append(index)
-    return images[: len(good)], good, bad
+            broken[first + i] = f"{name} is broken ({' '.join(str(error).split())})"
+    with open(path, "r+b") as file:
+        file.seek(pixels + first * 3 * 64 * 64)
+        file.write(images)
+    return len(entries), broken
 
 
 def decode_face(content: bytes) -> np.ndarray:
@@ -477,7 +491,9 @@ def decode_face(content: bytes) -> np.ndarray:
 
     Of CelebA's 178 x 218 pixels that is the usual crop to 148 x 148.
     """
-    image = Image.open(io.BytesIO(content), formats=["JPEG"]).convert("RGB")
+    image = Image.open(io.BytesIO(content), formats=["JPEG"])
+    if image.mode != "RGB":  # or it would be copied, which takes as long as the resizing
+        image = image.convert("RGB")
     side = min(image.width * 148 / 178, image.height)
     left, top = (image.width - side) / 2, (image.height - side) / 2
     box = (left, top, left + side, top + side)

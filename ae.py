@@ -124,7 +124,10 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = train.parse_args(argv, __doc__)
     if args.model != "mlp" or args.beta != 1:
-        raise train.UserError("ae.py trains --model ae and mlp, --beta 1: leave these options out")
+        raise train.UserError(
+            "ae.py trains --model ae and mlp with --beta 1 on grey images of 28 x 28: leave out "
+            "--model and --beta, and --dataset celeba and faces"
+        )
     taken = [f"{args.out}/{name}" for name in ("ae", "mlp") if args.out and not args.resume]
     for folder in filter(os.path.exists, taken):
         raise train.UserError(f"--out: {folder} exists already; name another folder")

@@ -47,7 +47,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 PROJECT_DATA = Path(__file__).resolve().parent / "data"
@@ -102,6 +102,9 @@ def write_atomically(path: str | Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # a full disk does not say where
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -130,7 +133,11 @@ def locked(folder: Path) -> Iterator[None]:
         import fcntl
 
         descriptor = os.open(folder, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another run that is at work in {folder}", flush=True)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
     try:
         yield
     finally:
@@ -317,12 +324,13 @@ def load_celeba(root: Path, skip_broken: bool = False) -> tuple[Split, Split]:
     if broken := info["broken"]:
         if not skip_broken:
             raise UserError(f"{source}: {broken[0]}; --skip-broken leaves it out")
-        print(f"celeba: left out {len(broken)} of {len(images) + len(broken)}: {broken[0]}, ...")
+        n = len(images) + len(broken)
+        print(f"celeba: left out {len(broken)} of {n} images, the first: {broken[0]}")
     train, validation, test = info["splits"]
     if not (train and test):
         raise UserError(
             f"{source}: of its {len(images)} images {train} are for training and {test} for "
-            f"testing; both are needed: move {lists[0].name} away to split them 9 to 1"
+            f"testing; both are needed (without a {lists[0].name}, they are split 9 to 1)"
         )
 
     def split(first: int, n: int) -> Split:
@@ -335,8 +343,11 @@ def load_celeba(root: Path, skip_broken: bool = False) -> tuple[Split, Split]:
 
 
 def celeba_recipe(source: Path, lists: Iterable[Path]) -> str:
-    """A checksum of all that makes the cache: names, sizes and times of the files, the code."""
-    files = sorted(os.scandir(source), key=lambda e: e.name) if source.is_dir() else [source]
+    """A checksum of what makes the cache: names, sizes, times of the files, and decode_face."""
+    files = [source]
+    if source.is_dir():
+        entries = (entry for entry in os.scandir(source) if JPEG_NAME.fullmatch(entry.name))
+        files = sorted(entries, key=lambda entry: entry.name)
     files += [path for path in lists if path.exists()]
     state = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(repr((state, inspect.getsource(decode_face))).encode()).hexdigest()
@@ -363,7 +374,7 @@ def build_celeba_cache(
     jpegs, read = list_folder(source) if source.is_dir() else list_zip(source)
     names = sorted(jpegs)
     if not names:
-        raise UserError(f"{source}: holds no images named 000001.jpg, 000002.jpg, ...")
+        raise UserError(f"{source}: has no images named 000001.jpg, 000002.jpg, ... in it")
     parts, notices = read_partition(lists[0], names)
     attribute_names, attributes, more_notices = read_attributes(lists[1], names)
     size, free = len(names) * 3 * 64 * 64, shutil.disk_usage(path.parent).free
@@ -374,7 +385,7 @@ def build_celeba_cache(
     entries = [(names[i], jpegs[names[i]]) for i in order]
     tasks = ((row, entries[row : row + DECODE_CHUNK]) for row in range(0, len(names), DECODE_CHUNK))
     print(f"celeba: decoding {len(names):,} images into {path}, once", flush=True)
-    start, done, broken = time.monotonic(), 0, {}
+    start, done, broken = time.perf_counter(), 0, {}
     with write_atomically(path) as file:
         write_npy_header(file, len(names))
         file.flush()
@@ -384,7 +395,7 @@ def build_celeba_cache(
             if bad and not skip_broken:
                 raise UserError(f"{source}: {min(bad.items())[1]}; --skip-broken leaves it out")
             broken |= bad
-            done, seconds = done + count, time.monotonic() - start
+            done, seconds = done + count, time.perf_counter() - start
             show_status(
                 f"{done:,} of {len(names):,} images, {done / seconds:,.0f} images/s, "
                 f"{seconds / done * (len(names) - done):.0f} s left"
@@ -432,7 +443,7 @@ def list_zip(path: Path) -> tuple[dict[str, tuple], Callable]:
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
         raise UserError(f"{path}: is damaged or cut short ({error}): fetch it again") from error
     jpegs = {}
     for member in members:
@@ -442,9 +453,17 @@ def list_zip(path: Path) -> tuple[dict[str, tuple], Callable]:
                 f"{path}: has a member {member.filename!r}, outside of its own folder: such an "
                 "archive is not CelebA's; fetch it again"
             )
-        if JPEG_NAME.fullmatch(inside.name):
-            where = (member.header_offset, member.compress_size, member.compress_type, member.CRC)
-            jpegs[inside.name] = where
+        if member.is_dir() or not JPEG_NAME.fullmatch(inside.name):
+            continue
+        if inside.name in jpegs:
+            raise UserError(f"{path}: has two members named {inside.name}: fetch it again")
+        encrypted, method = member.flag_bits & 1, member.compress_type
+        if encrypted or method not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise UserError(
+                f"{path}: {inside.name} is encrypted, or compressed by another method than "
+                "deflate: such an archive is not CelebA's; fetch it again"
+            )
+        jpegs[inside.name] = (member.header_offset, member.compress_size, method, member.CRC)
     return jpegs, functools.partial(read_from_zip, path)
 
 
@@ -452,8 +471,10 @@ def read_from_zip(path: Path, where: tuple[int, int, int, int]) -> bytes:
     """One member of an archive. zipfile would need the whole directory in every process."""
     offset, size, method, checksum = where
     with open(path, "rb", buffering=0) as file:
-        file.seek(offset)
+        file.seek(max(offset, 0))
         header = file.read(30)  # it ends with the lengths of the name and the extra field
+        if len(header) < 30 or header[:4] != b"PK\3\4":
+            raise ValueError("the directory of the archive is wrong about its place")
         file.seek(sum(struct.unpack("<HH", header[26:])), os.SEEK_CUR)
         content = file.read(min(size, JPEG_LIMIT))
     if method == zipfile.ZIP_DEFLATED:
@@ -491,7 +512,10 @@ def decode_face(content: bytes) -> np.ndarray:
 
     Of CelebA's 178 x 218 pixels that is the usual crop to 148 x 148.
     """
-    image = Image.open(io.BytesIO(content), formats=["JPEG"])
+    try:
+        image = Image.open(io.BytesIO(content), formats=["JPEG"])
+    except UnidentifiedImageError:
+        raise ValueError("it is no JPEG") from None
     if image.mode != "RGB":  # or it would be copied, which takes as long as the resizing
         image = image.convert("RGB")
     side = min(image.width * 148 / 178, image.height)
@@ -508,7 +532,13 @@ def in_parallel(function: Callable, tasks: Iterable) -> Iterator:
         workers = len(os.sched_getaffinity(0))
         # Forked: a new interpreter would import torch, which takes seconds and memory.
         context = multiprocessing.get_context("fork")
-        pool = concurrent.futures.ProcessPoolExecutor(workers, context, end_with_parent)
+        pool = concurrent.futures.ProcessPoolExecutor(workers, context, start_worker)
+        # No Ctrl-C until the workers are there, or it could hit one half-way into its start.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            pool.submit(int)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     else:  # fork is not safe there; threads do too, for Pillow decodes outside of the GIL
         workers = os.cpu_count()
         pool = concurrent.futures.ThreadPoolExecutor(workers)
@@ -520,15 +550,16 @@ def in_parallel(function: Callable, tasks: Iterable) -> Iterator:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    except concurrent.futures.BrokenExecutor as error:
+    except (concurrent.futures.BrokenExecutor, MemoryError) as error:
         raise UserError("a process that decodes images was killed: is memory short?") from error
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def end_with_parent() -> None:
-    """In a worker process: leave Ctrl-C to the parent, and end when it does, even if killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def start_worker() -> None:
+    """In a new process: die of Ctrl-C at once, without a word, and whenever the parent dies."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
@@ -735,7 +766,7 @@ FACE_FACTORS = {
 FACE_COLOURS = {
     "skin": ["fbe0cf", "f0c3a0", "d79b6e", "a9683f", "6b3f26"],
     "hair_colour": ["1d1a1e", "4a2c1c", "8f4a21", "e0b054", "dcd8d2"],
-    "eye_colour": ["3b2314", "6e8b3d", "3f7fb5"],
+    "eye_colour": ["3b1a08", "5f9a2a", "2f86e0"],
     "shirt": ["c8453b", "e0a030", "4f9d69", "3a7ca5", "7a5195"],
     "background": ["f7c9b6", "f5e3a8", "c4e3c1", "b9dcec", "cdc3e6"],
 }
@@ -829,7 +860,7 @@ def paint_faces(
     for s in (-1, 1):
         paint(ellipse(0.98 * s * half - 0.1 * turn, 0.06, 0.1, 0.14), shade)
     chin = ((y - 0.05).clamp(min=0) / 0.65).square()
-    u = x / (half * (1 - (0.46 - 0.4 * f["jaw"]) * chin))
+    u = x / (half * (1 - (0.6 - 0.6 * f["jaw"]) * chin))
     head = inside((1 - u.square() - ((y + 0.04) / 0.7).square()) * half / 2)
     paint(head, skin)
     paint(head * (0.1 + 0.15 * u + 0.3 * turn).clamp(0, 0.5), shade)
@@ -871,8 +902,8 @@ def paint_faces(
         eye = ellipse(cx, -0.06, rx, ry)
         paint(eye, white)
         iris = cx + 0.062 * f["gaze"] * size * k
-        paint(eye * ellipse(iris, -0.06, 0.08 * size * k, 0.085 * size), colour["eye_colour"])
-        paint(eye * ellipse(iris, -0.06, 0.044 * size * k, 0.047 * size), black)
+        paint(eye * ellipse(iris, -0.06, 0.085 * size * k, 0.09 * size), colour["eye_colour"])
+        paint(eye * ellipse(iris, -0.06, 0.042 * size * k, 0.045 * size), black)
         paint(ellipse(iris - 0.02, -0.09, 0.022, 0.022), white)
         v = s * (x - on_head(0.46 * s)[0]) / (0.17 * k)  # 1 is the outer end of the brow
         brow = -0.23 - 0.03 * size - f["brows"] * (0.055 * v + 0.01) + 0.03 * v.square()

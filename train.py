@@ -168,7 +168,8 @@ def save_run(
 
 
 def load_run(folder: str | Path) -> tuple[nn.Module, dict]:
-    """A run's model, on the CPU, and its checkpoint: config, history, model, optimizer.
+    """A run's model, on the CPU and in evaluation mode, and its checkpoint, which holds the
+    keys config, history, model and optimizer.
 
     Raises UserError if a file is missing or damaged, or if they are not of one run.
     """
@@ -194,7 +195,7 @@ def load_run(folder: str | Path) -> tuple[nn.Module, dict]:
     except Exception as error:  # torch has many kinds for the many ways to be broken
         reason = " ".join(str(error).split())[:80]
         raise UserError(f"{path}: is not a checkpoint that can be read ({reason} ...)") from error
-    return model, checkpoint
+    return model.eval(), checkpoint
 
 
 def check_settings(path: Path, found: dict, expected: dict) -> None:
@@ -221,7 +222,8 @@ def run_cli(main: Callable[[], object]) -> NoReturn:
     except UserError as error:
         message = str(error)
     except OSError as error:
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        reason = error.strerror or error
+        message = f"{error.filename}: {reason}" if error.filename else str(reason)
     except torch.OutOfMemoryError:
         message = "the GPU's memory is full: take a smaller --batch-size or --latent-dim"
     except KeyboardInterrupt:
@@ -229,6 +231,7 @@ def run_cli(main: Callable[[], object]) -> NoReturn:
         sys.exit(130)
     else:
         sys.exit(0)
+    show_status("")
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
 
@@ -301,6 +304,8 @@ def parse_args(argv: list[str] | None, description: str = __doc__) -> argparse.N
                 f"--model {args.model} does not fit {dataset}: celeba and faces are 64 x 64 in "
                 "colour, for --model celeba; the others are 28 x 28 in grey, for the other models"
             )
+    if args.skip_broken and args.dataset != "celeba":
+        parser.error(f"--skip-broken is for the JPEGs of celeba, not for {args.dataset}")
     if args.model == "ae" and args.beta != 1:
         parser.error("--beta weighs the KL, and --model ae has none")
     return args
@@ -341,6 +346,7 @@ def main(argv: list[str] | None = None) -> Path:
     device = find_device(args.device)
     dataset, (train_split, test_split) = load_or_fall_back(args)
 
+    limited = args.limit is not None and args.limit < len(train_split.images)
     train_split = Split(train_split.images[: args.limit], train_split.labels[: args.limit], {})
 
     torch.manual_seed(args.seed)
@@ -366,7 +372,7 @@ def main(argv: list[str] | None = None) -> Path:
     name += f"-{args.model}"
     name += f"-beta{args.beta:g}" if args.beta != 1 else ""
     name += f"-latent{args.latent_dim}" if args.latent_dim else ""
-    name += f"-first{args.limit}" if args.limit else ""
+    name += f"-first{args.limit}" if limited else ""
     folder = open_run(args.out, args.resume, name)
     checkpoint, history = None, []
     if args.resume and (folder / "checkpoint.pt").exists():

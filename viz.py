@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 from torch import Tensor
 
-from data import CLASS_NAMES, Batches, load_dataset, write_atomically
+from data import CLASS_NAMES, Batches, UserError, load_dataset, write_atomically
 from train import Parser, find_data_dir, load_run, run_cli
 from vae import kl_divergence_gaussian
 
@@ -53,6 +53,14 @@ def first_images(loader: Iterable, device: torch.device | str, n: int) -> Tensor
     """The first n images of the first batch."""
     images, _ = next(iter(loader))
     return images[:n].to(device)
+
+
+def nth_image(loader: Iterable, n: int) -> Tensor:
+    """Image n of all batches, counted from 0: (1, ...)."""
+    for images, _ in loader:
+        if n < len(images):
+            return images[n : n + 1]
+        n -= len(images)
 
 
 def tile(images: Tensor, columns: int, gap: int = 2) -> np.ndarray:
@@ -296,7 +304,6 @@ def visualize_attributes(
     """
     model.eval()
     z = torch.cat([mean_codes(model, images.to(device)) for images, _ in test_loader])
-    images = torch.cat([images for images, _ in test_loader])
     steps = torch.linspace(0, 2, 5, device=z.device)
     rows = []
     for values in attributes.values():
@@ -305,7 +312,7 @@ def visualize_attributes(
         for which, sign in ((~has, 1), (has, -1)):
             i = which.nonzero()[0].item()  # the first such face
             walk = model.decode(z[i] + sign * steps[:, None] * direction)
-            rows += [images[i : i + 1].to(device), as_images(walk)]
+            rows += [nth_image(test_loader, i).to(device), as_images(walk)]
     columns = ["input", *(f"{step:+g}" for step in steps.tolist())]
     columns += ["input", *(f"{-step:+g}" for step in steps.tolist())]
     save_tiles(torch.cat(rows), len(columns), path, note, list(attributes), columns)
@@ -334,7 +341,8 @@ def draw_run(
     visualize_training(history, folder / "training.png", unit, note)
     visualize_reconstruction(model, loader, device, folder / "reconstruction.png", note=note)
     visualize_samples(model, device, folder / "samples.png", num_samples=64, note=note)
-    visualize_interpolation(model, loader, device, folder / "interpolation.png", note=note)
+    if config["test_images"] > 1:
+        visualize_interpolation(model, loader, device, folder / "interpolation.png", note=note)
     if config["model"] != "ae":  # it has no KL to order its latents by
         visualize_traversals(model, loader, device, folder / "traversals.png", note=note)
     names = [name for name in ATTRIBUTES.get(config["dataset"], ()) if name in factors]
@@ -343,8 +351,10 @@ def draw_run(
         path = folder / "attributes.png"
         visualize_attributes(model, loader, device, path, attributes, note)
     if config["latent_dim"] == 2:
-        names = CLASS_NAMES[config["dataset"]]
-        visualize_latent_space_2d(model, loader, device, folder / "latent_space.png", names, note)
+        names, path = CLASS_NAMES[config["dataset"]], folder / "latent_space.png"
+        if config["dataset"] == "celeba" and "Smiling" not in factors:
+            names = ("unknown",)  # there is no list of attributes
+        visualize_latent_space_2d(model, loader, device, path, names, note)
         side = first_images(loader, device, 1).shape[-1]
         path = folder / "manifold.png"
         visualize_latent_manifold(model, device, path, digit_size=side, note=note)
@@ -358,6 +368,11 @@ def main(argv: list[str] | None = None) -> None:
     model, checkpoint = load_run(args.run)
     config = checkpoint["config"]
     _, test = load_dataset(config["dataset"], find_data_dir(args.data_dir), skip_broken=True)
+    if len(test.images) != config["test_images"]:
+        raise UserError(
+            f"{args.run}: was tested on {config['test_images']} images of {config['dataset']}, and "
+            f"here are {len(test.images)}: name the data folder of the run with --data-dir"
+        )
     test_loader = Batches(test.images, test.labels, batch_size=1000)
     draw_run(args.run, model, config, checkpoint["history"], test_loader, test.factors)
     print(f"figures drawn in {args.run}")

@@ -49,7 +49,7 @@ def load(root: Path) -> None:
 
 
 def main() -> None:
-    workers = len(os.sched_getaffinity(0))
+    workers = len(os.sched_getaffinity(0))  # Linux only, as is decoding in processes
     with tempfile.TemporaryDirectory() as scratch:
         folder, zipped = Path(scratch) / "folder", Path(scratch) / "zip"
         print(f"writing {N:,} JPEGs ...", flush=True)

@@ -6,6 +6,7 @@ import itertools
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import zipfile
@@ -15,7 +16,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from conftest import assert_user_error, run_here
+from conftest import PROJECT, assert_user_error, run_here
 from hypothesis import given, settings
 from PIL import Image
 
@@ -93,6 +94,10 @@ def shades(*wanted: int) -> dict[str, bytes]:
 
 def cache_of(root: Path) -> Path:
     return root / "celeba" / data.CELEBA_CACHE
+
+
+def copied(splits: tuple[Split, Split]) -> list[Split]:
+    return [Split(images.clone(), *rest) for images, *rest in splits]
 
 
 def assert_same(one, other) -> None:
@@ -281,7 +286,7 @@ def test_a_broken_jpeg_stops_with_its_name_or_is_left_out(tmp_path, capsys, kind
     capsys.readouterr()
     for _ in range(2):  # decoded, and from the cache
         train_split, test_split = load_celeba(root, skip_broken=True)
-        assert "left out 1 of 20: 000007.jpg is broken" in capsys.readouterr().out
+        assert "left out 1 of 20 images, the first: 000007.jpg is" in capsys.readouterr().out
         expected = [k for k in range(1, 21) if k % 5 and k != 7]
         assert numbers(train_split.images) == expected
         assert train_split.labels.tolist() == [k % 2 for k in expected]
@@ -303,6 +308,42 @@ def test_damage_inside_an_archive_is_found_by_its_checksum(tmp_path):
     path.write_bytes(content[: len(content) // 2])
     with pytest.raises(UserError, match="damaged or cut short"):
         load_celeba(root)
+
+
+def change_directory(path: Path, at: int, new: bytes) -> None:
+    """Change the entry of the first member in the directory at the end of an archive."""
+    content = bytearray(path.read_bytes())
+    entry = content.index(b"PK\1\2", content.index(b"PK\1\2") + 1)  # after the folder's own
+    content[entry + at : entry + at + len(new)] = new
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "at, new, message",
+    [
+        (6, b"\x63", "damaged or cut short"),  # the version that is needed
+        (8, b"\x01", "000001.jpg is encrypted"),
+        (9, b"\x08\x0c\x00\x00\x00\x00\x00", "compressed by another method"),
+        (42, b"\x07", "000001.jpg is broken .the directory of the archive is wrong"),
+        (46 + 17, b"000002", "has two members named 000002.jpg"),
+    ],
+)
+def test_an_archive_with_a_strange_directory_is_refused(tmp_path, at, new, message):
+    root = write_set(tmp_path, shades(*range(1, 11)), "deflated")
+    change_directory(root / "celeba" / "img_align_celeba.zip", at, new)
+    with pytest.raises(UserError, match=message):
+        load_celeba(root)
+
+
+def test_a_full_disk_during_the_work_is_named(tmp_path, monkeypatch):
+    def fsync(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    root = write_set(tmp_path, shades(*range(1, 11)))
+    monkeypatch.setattr(os, "fsync", fsync)
+    result = run_here(lambda _: load_celeba(root))
+    assert_user_error(result, str(cache_of(root)), "No space left on device")
+    assert not list((root / "celeba").glob("*.npy")) and not list((root / "celeba").glob(".*"))
 
 
 def test_a_disk_that_fails_is_no_broken_image(tmp_path, monkeypatch):
@@ -344,7 +385,7 @@ def test_lists_that_are_damaged_or_do_not_fit_are_refused(tmp_path, file, old, n
 
 def test_a_folder_without_images_is_refused(tmp_path):
     root = write_set(tmp_path, {"1.png": b""})
-    with pytest.raises(UserError, match="holds no images named 000001.jpg"):
+    with pytest.raises(UserError, match="has no images named 000001.jpg"):
         load_celeba(root)
 
 
@@ -373,18 +414,17 @@ def no_building(monkeypatch):
 
 def test_the_second_start_uses_the_cache_memory_mapped(tmp_path, no_building):
     root = write_set(tmp_path, shades(*range(1, 21)))
-    first = load_celeba(root)
+    first = copied(load_celeba(root))
     no_building()
     second = load_celeba(root)
     assert_same(first, second)
-    second[0].images[0] = 0  # a mapped file is not written to
+    second[0].images[0] = 0  # the file that is mapped is not written to
     assert_same(first, load_celeba(root))
 
 
 def test_a_cache_that_is_cut_short_is_not_used(tmp_path):
     root = write_set(tmp_path, shades(*range(1, 21)))
-    # Copied, for pages that are mapped from a file are gone when it is cut.
-    first = [Split(images.clone(), *rest) for images, *rest in load_celeba(root)]
+    first = copied(load_celeba(root))  # pages that are mapped are gone when the file is cut
     whole = cache_of(root).read_bytes()
     for size in (0, 100, len(whole) // 2, len(whole) - 1000, len(whole) - 1):
         cache_of(root).write_bytes(whole[:size])
@@ -392,11 +432,13 @@ def test_a_cache_that_is_cut_short_is_not_used(tmp_path):
         assert cache_of(root).read_bytes() == whole
 
 
-def test_a_cache_of_another_source_is_not_used(tmp_path):
-    root = write_set(tmp_path / "one", shades(*range(1, 21)))
+def test_a_cache_of_another_source_is_not_used(tmp_path, no_building):
+    jpegs = {name: jpeg.ljust(4000, b"\0") for name, jpeg in shades(*range(1, 21)).items()}
+    root = write_set(tmp_path / "one", jpegs)
     folder = root / "celeba"
     load_celeba(root)
-    (folder / "img_align_celeba" / "000001.jpg").write_bytes(shade(30))  # other pixels
+    path = folder / "img_align_celeba" / "000001.jpg"
+    path.write_bytes(shade(30).ljust(4000, b"\0"))  # other pixels in a file of the same size
     assert numbers(load_celeba(root)[0].images)[:2] == [30, 2]
     (folder / "img_align_celeba" / "000002.jpg").unlink()  # one less
     assert numbers(load_celeba(root)[0].images)[:2] == [30, 3]
@@ -408,6 +450,9 @@ def test_a_cache_of_another_source_is_not_used(tmp_path):
     assert numbers(load_celeba(other)[0].images)[0] == 11
     (folder / ATTRIBUTES).unlink()
     assert load_celeba(root)[0].factors == {}
+    no_building()
+    (folder / "img_align_celeba" / ".DS_Store").write_text("what a file browser leaves")
+    load_celeba(root)
 
 
 def test_a_change_of_the_decoder_makes_a_new_cache(tmp_path, monkeypatch):
@@ -440,6 +485,15 @@ def test_a_read_only_folder_has_its_cache_in_the_project(
     assert_same(first, load_celeba(root))
 
 
+def wait_for_the_end_of_group(group: int) -> None:
+    """Until none of its processes is left."""
+    deadline = time.monotonic() + 30
+    with pytest.raises(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(group, 0)
+            time.sleep(0.01)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_build_that_is_killed_leaves_nothing_that_is_used(tmp_path, monkeypatch):
     """Killed midway, and run again: the bytes of a build that was not."""
@@ -451,6 +505,7 @@ def test_a_build_that_is_killed_leaves_nothing_that_is_used(tmp_path, monkeypatc
     folder = roots[1] / "celeba"
     child = os.fork()
     if child == 0:
+        os.setpgid(0, 0)
         data.show_status = lambda line: time.sleep(0.05)  # a build of five seconds
         load_celeba(roots[1])
         os._exit(0)
@@ -460,6 +515,7 @@ def test_a_build_that_is_killed_leaves_nothing_that_is_used(tmp_path, monkeypatc
         time.sleep(0.01)
     os.kill(child, signal.SIGKILL)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
+    wait_for_the_end_of_group(child)
     assert not cache_of(roots[1]).exists() and list(folder.glob(".*.part"))
     assert_same(*map(load_celeba, roots))
     assert not list(folder.glob(".*"))
@@ -468,6 +524,34 @@ def test_a_build_that_is_killed_leaves_nothing_that_is_used(tmp_path, monkeypatc
         return cache_of(root).read_bytes()[: 700 * 3 * 64 * 64]
 
     assert pixels(roots[0]) == pixels(roots[1])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there are only threads")
+@pytest.mark.parametrize("again", [None, 0.01])
+def test_ctrl_c_ends_a_build_and_leaves_nothing(tmp_path, again):
+    """Also if it comes twice, while the first is being dealt with."""
+    root = write_set(tmp_path, {name_of(i): shade(i % 36) for i in range(1, 701)})
+    program = f"""if True:
+        import sys, time
+        sys.path.insert(0, {str(PROJECT)!r})
+        import data, train
+        data.DECODE_CHUNK, data.show_status = 7, lambda line: time.sleep(0.05)
+        train.run_cli(lambda: data.load_celeba(data.Path({str(root)!r})))
+    """
+    run = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE,
+                           stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert "decoding" in run.stdout.readline()
+    time.sleep(0.02)
+    os.killpg(run.pid, signal.SIGINT)
+    if again:
+        time.sleep(again)
+        os.killpg(run.pid, signal.SIGINT)
+    error = run.communicate(timeout=60)[1]
+    wait_for_the_end_of_group(run.pid)
+    assert not list((root / "celeba").glob("*.npy"))
+    if not again:
+        assert run.returncode == 130 and not list((root / "celeba").glob(".*"))
+        assert error.count("\n") == 2 and "interrupted" in error
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 import torch.optim as optim
 from torch.utils.data import DataLoader, TensorDataset
@@ -10,6 +11,7 @@ import train
 from ae import Autoencoder
 from vae import (
     VAE,
+    CelebAVAE,
     ConvVAE,
     VAEEncoder,
     bce_from_logits,
@@ -119,6 +121,33 @@ def test_section_2_5_and_2_6_training_and_pictures(loaders, tmp_path):
     )
     visualize_latent_manifold(model_2d, device, n=20, digit_size=28, path=tmp_path / "5.png")
     assert all((tmp_path / f"{i}.png").stat().st_size > 2000 for i in range(1, 6))
+
+
+def test_section_2_7_celeba():
+    """The model as the chapter calls it; and layer by layer what the chapter's is."""
+    celeba_vae = CelebAVAE(input_channels=3, latent_dim=256)
+    x = torch.rand(16, 3, 64, 64)
+    x_recon, mu, logvar = celeba_vae(x)
+    assert x_recon.shape == (16, 3, 64, 64) and mu.shape == logvar.shape == (16, 256)
+    assert sum(p.numel() for p in celeba_vae.parameters()) == 4_531_779
+
+    def chain(layer, *channels):
+        layers = []
+        for one, other in zip(channels, channels[1:]):
+            layers += [layer(one, other, 4, 2, 1), nn.BatchNorm2d(other), nn.ReLU()]
+        return layers
+
+    encoder = nn.Sequential(*chain(nn.Conv2d, 3, 32, 64, 128, 256))
+    decoder = nn.Sequential(*chain(nn.ConvTranspose2d, 256, 128, 64, 32),
+                            nn.ConvTranspose2d(32, 3, 4, 2, 1), nn.Sigmoid())
+    parts = {"encoder": encoder, "fc_mu": nn.Linear(4096, 256), "fc_logvar": nn.Linear(4096, 256),
+             "decoder_fc": nn.Linear(256, 4096), "decoder": decoder}
+    nn.ModuleDict(parts).load_state_dict(celeba_vae.state_dict())  # the same names, too
+    celeba_vae.eval(), encoder.eval(), decoder.eval()
+    h, z = encoder(x).flatten(1), torch.randn(16, 256)
+    torch.testing.assert_close(celeba_vae.encode(x), (parts["fc_mu"](h), parts["fc_logvar"](h)))
+    expected = decoder(parts["decoder_fc"](z).view(16, 256, 4, 4))
+    torch.testing.assert_close(celeba_vae.decode(z), expected)
 
 
 def test_section_2_5_cross_entropy_is_a_likelihood_of_binary_pixels_only():

@@ -350,13 +350,67 @@ def test_faces_from_files_to_figures(tmp_path, monkeypatch):
     whole = Path("runs/celeba-celeba-latent8-first30")
     expected = FILES | FIGURES | {"traversals.png", "attributes.png"}
     assert {path.name for path in whole.iterdir()} == expected
-    (_, one), (_, other) = train.load_run(whole), train.load_run("parts")
+    (model, one), (_, other) = train.load_run(whole), train.load_run("parts")
+    assert not model.training  # or BatchNorm would go by the batch
     assert one["config"]["train_images"] == 30 and one["config"]["test_images"] == 6
     assert read_history(whole) == read_history(Path("parts"))
     assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
     refused = run_here(train.main, *options, "--data-dir", tmp_path, "--limit", 31,
                        "--out", "parts", "--resume")
     assert_user_error(refused, "train_images 30")
+
+    path = whole / "attributes.png"
+    drawn = path.read_bytes()
+    path.unlink()
+    assert run_here(viz.main, whole, "--data-dir", tmp_path).returncode == 0
+    assert path.read_bytes() == drawn
+    write_celeba(tmp_path / "other", 70)
+    redrawn = run_here(viz.main, whole, "--data-dir", tmp_path / "other")
+    assert_user_error(redrawn, "tested on 6 images of celeba", "--data-dir")
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_limit_takes_the_first_images(tmp_path, mnist_root, drawn, monkeypatch):
+    def batches(images, labels, batch_size, shuffle=False):
+        made.append((images, labels))
+        return Batches(images, labels, batch_size, shuffle)
+
+    made = []
+    monkeypatch.setattr(train, "Batches", batches)
+    monkeypatch.chdir(tmp_path)
+    for limit, name in ((100, "mnist-mlp-first100"), (5000, "mnist-mlp")):
+        made.clear()
+        run_train("--limit", limit, root=mnist_root)
+        (images, labels), (test_images, _) = made
+        assert torch.equal(images, drawn.images[: min(limit, 1000)])
+        assert torch.equal(labels, drawn.labels[: min(limit, 1000)])
+        assert len(test_images) == 300 and Path("runs", name).is_dir()
+
+
+def test_broken_faces_stop_a_run_or_are_left_out(tmp_path):
+    path = write_celeba(tmp_path, 20) / "img_align_celeba" / "000003.jpg"
+    path.write_bytes(path.read_bytes()[:-500])
+    options = ["--dataset", "celeba", "--latent-dim", 4, "--out", tmp_path / "run"]
+    refused = run_here(train.main, *options, "--data-dir", tmp_path)
+    assert_user_error(refused, "000003.jpg is broken", "--skip-broken")
+    assert "left out 1 of 20" in run_train(*options, "--skip-broken", root=tmp_path)
+    assert train.load_run(tmp_path / "run")[1]["config"]["train_images"] == 15
+    assert run_here(viz.main, tmp_path / "run", "--data-dir", tmp_path).returncode == 0
+
+
+def test_one_test_image_without_attributes_is_enough(tmp_path, monkeypatch):
+    folder, names = write_celeba(tmp_path, 8), []
+    for path in folder.glob("*.txt"):
+        path.unlink()
+    scatter = viz.visualize_latent_space_2d
+    monkeypatch.setattr(viz, "visualize_latent_space_2d",
+                        lambda *args: names.append(args[4]) or scatter(*args))
+    options = ["--dataset", "celeba", "--latent-dim", 2, "--out", tmp_path / "run"]
+    output = run_train(*options, root=tmp_path)
+    assert "split 9 to 1" in output and "no attributes" in output
+    assert names == [("unknown",)]
+    drawn = {path.name for path in (tmp_path / "run").glob("*.png")}
+    assert not drawn & {"attributes.png", "interpolation.png"} and "samples.png" in drawn
 
 
 def test_without_celeba_the_fallback_is_faces(tmp_path, monkeypatch):
@@ -399,6 +453,7 @@ def test_model_and_dataset_follow_each_other():
         (["--model", "ae", "--beta", "4"], ["--beta", "ae"]),
         (["--unknown"], ["--unknown"]),
         (["--limit", "0"], ["--limit", "0"]),
+        (["--skip-broken"], ["--skip-broken", "mnist"]),
         (["--model", "celeba", "--dataset", "mnist"], ["--model celeba", "mnist", "64 x 64"]),
         (["--model", "conv", "--dataset", "faces"], ["--model conv", "faces", "64 x 64"]),
         (["--model", "celeba", "--fallback", "digits"], ["--model celeba", "digits"]),

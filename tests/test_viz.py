@@ -164,18 +164,26 @@ def test_the_scatter_shows_every_class_at_its_codes_in_its_own_colour(tmp_path, 
     assert Image.open(tmp_path / "s.png").size[0] > 800
 
 
-def test_attributes_are_added_and_taken_away_along_the_difference_of_means(tmp_path):
+def test_attributes_are_added_and_taken_away_along_the_difference_of_means(
+    tmp_path, monkeypatch
+):
     """Codes are the first pixels: an attribute that is the second, one that is the third."""
     images = torch.randint(100, (40, 3, 4, 4), dtype=torch.uint8)
     flat = images.view(40, -1)
     even = torch.arange(40) % 2 == 0
     flat[:, 1] = torch.where(even, 200, 50)
     loader = [(x / 255, y) for x, y in zip(images.split(15), torch.arange(40).split(15))]
-    model, codes = Known(3, (3, 4, 4)), []
+    model, codes, labels = Known(3, (3, 4, 4)), [], []
     model.decode = lambda z: codes.append(z) or torch.rand(len(z), 3, 4, 4)
-    some = torch.rand(40)
+    some = torch.rand(40).sort().values  # the first that is above the mean is in a later batch
     attributes = {"even": even.to(torch.uint8), "real": some}
+    save_tiles = viz.save_tiles
+    monkeypatch.setattr(viz, "save_tiles", lambda *a: labels.extend(a[4:]) or save_tiles(*a))
     viz.visualize_attributes(model, loader, "cpu", tmp_path / "a.png", attributes)
+    rows, columns = labels
+    assert rows == ["even", "real"]
+    assert columns == ["input", "+0", "+0.5", "+1", "+1.5", "+2",
+                       "input", "-0", "-0.5", "-1", "-1.5", "-2"]
     z = flat[:, :3] / 255
     for number, has in enumerate((even, some > some.mean())):
         direction = z[has].mean(dim=0) - z[~has].mean(dim=0)
@@ -185,7 +193,9 @@ def test_attributes_are_added_and_taken_away_along_the_difference_of_means(tmp_p
             torch.testing.assert_close(added[step], without + step / 2 * direction)
             torch.testing.assert_close(taken[step], with_it - step / 2 * direction)
     shown = read_tiles(tmp_path / "a.png", 2, 12, 4, 21).permute(0, 3, 1, 2)
-    for tile, image in ((0, 1), (6, 0)):  # the inputs: the first odd, the first even
+    first_above = (some > some.mean()).nonzero()[0].item()
+    assert first_above >= 15
+    for tile, image in ((0, 1), (6, 0), (12, 0), (18, first_above)):  # the inputs
         assert (shown[tile] - images[image].float()).abs().max() <= 1
 
 
@@ -193,7 +203,8 @@ def test_figures_leave_batchnorm_as_it_is(tmp_path, faces):
     model = CelebAVAE(latent_dim=2).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     loader = Batches(faces.images[:20], faces.labels[:20], 7)
-    config = {"model": "celeba", "dataset": "faces", "notice": "", "seed": 0, "latent_dim": 2}
+    config = {"model": "celeba", "dataset": "faces", "notice": "", "seed": 0, "latent_dim": 2,
+              "test_images": 20}
     history = [{"epoch": 1} | {f"{a}_{b}": 1.0 for a in ("train", "test")
                                for b in ("loss", "recon", "kl")}]
     factors = {name: values[:20] for name, values in faces.factors.items()}

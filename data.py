@@ -453,7 +453,7 @@ def list_zip(path: Path) -> tuple[dict[str, tuple], Callable]:
                 f"{path}: has a member {member.filename!r}, outside of its own folder: such an "
                 "archive is not CelebA's; fetch it again"
             )
-        if member.is_dir() or not JPEG_NAME.fullmatch(inside.name):
+        if not JPEG_NAME.fullmatch(inside.name):
             continue
         if inside.name in jpegs:
             raise UserError(f"{path}: has two members named {inside.name}: fetch it again")

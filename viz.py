@@ -93,11 +93,17 @@ def save_tiles(
     height, width = picture.shape[:2]
     side = as_images(images).shape[2]
     scale = scale or max(1, round(84 / side))
-    left = 0.15 + 0.06 * max(map(len, row_labels), default=0)  # inches, as all of these
-    top, bottom, right = (0.25 if column_labels else 0.06), (0.25 if note else 0.06), 0.06
-    w, h = width * scale / DPI, height * scale / DPI
-    figure = Figure(figsize=(left + w + right, top + h + bottom))
-    total_w, total_h = figure.get_size_inches()
+    margins = (  # left, top, bottom and right, in inches
+        0.15 + 0.06 * max(map(len, row_labels), default=0),
+        0.25 if column_labels else 0.06,
+        0.25 if note else 0.06,
+        0.06,
+    )
+    left, top, bottom, right = (round(DPI * margin) for margin in margins)
+    w, h = width * scale, height * scale
+    # A tenth of a pixel more, for some versions of matplotlib round the size down.
+    total_w, total_h = left + w + right + 0.1, top + h + bottom + 0.1
+    figure = Figure(figsize=(total_w / DPI, total_h / DPI))
     axes = figure.add_axes((left / total_w, bottom / total_h, w / total_w, h / total_h))
     axes.imshow(picture, interpolation="nearest", aspect="auto")
     axes.set_yticks([side / 2 + i * (side + gap) for i in range(len(row_labels))], row_labels)

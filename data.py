@@ -533,7 +533,7 @@ def in_parallel(function: Callable, tasks: Iterable) -> Iterator:
         # Forked: a new interpreter would import torch, which takes seconds and memory.
         context = multiprocessing.get_context("fork")
         pool = concurrent.futures.ProcessPoolExecutor(workers, context, start_worker)
-        # No Ctrl-C until the workers are there, or it could hit one half-way into its start.
+        # Workers are born with Ctrl-C blocked: half-way into its start one would print a traceback.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             pool.submit(int)
@@ -551,7 +551,9 @@ def in_parallel(function: Callable, tasks: Iterable) -> Iterator:
         while waiting:
             yield waiting.popleft().result()
     except (concurrent.futures.BrokenExecutor, MemoryError) as error:
-        raise UserError("a process that decodes images was killed: is memory short?") from error
+        raise UserError(
+            "a process that decodes images was killed: by Ctrl-C, or because memory is short"
+        ) from error
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -550,8 +550,11 @@ def test_ctrl_c_ends_a_build_and_leaves_nothing(tmp_path, again):
     wait_for_the_end_of_group(run.pid)
     assert not list((root / "celeba").glob("*.npy"))
     if not again:
-        assert run.returncode == 130 and not list((root / "celeba").glob(".*"))
-        assert error.count("\n") == 2 and "interrupted" in error
+        assert not list((root / "celeba").glob(".*"))
+        # Python can lose a Ctrl-C that comes while it forks; then the workers' end ends the run.
+        assert run.returncode == 130 and "interrupted" in error or (
+            run.returncode == 2 and "Ctrl-C" in error
+        ), (run.returncode, error)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -221,8 +221,9 @@ def test_write_atomically_keeps_the_old_file_if_writing_fails(tmp_path):
 # ------------------------------------------------------------------- drawn digits
 
 
-def test_drawn_digits_are_deterministic_in_their_seed():
-    one, same, other = draw_digits(300, 5), draw_digits(300, 5), draw_digits(300, 6)
+@pytest.mark.parametrize("draw, n", [(draw_digits, 300), (draw_faces, 60)])
+def test_drawings_are_deterministic_in_their_seed(draw, n):
+    one, same, other = draw(n, 5), draw(n, 5), draw(n, 6)
     assert torch.equal(one.images, same.images) and torch.equal(one.labels, same.labels)
     assert all(torch.equal(one.factors[name], same.factors[name]) for name in one.factors)
     assert not torch.equal(one.images, other.images)
@@ -332,13 +333,6 @@ def test_digits_are_cached_and_a_bad_cache_is_drawn_anew(digits_root, tmp_path, 
 # -------------------------------------------------------------------- drawn faces
 
 
-def test_drawn_faces_are_deterministic_in_their_seed():
-    one, same, other = draw_faces(60, 5), draw_faces(60, 5), draw_faces(60, 6)
-    assert torch.equal(one.images, same.images) and torch.equal(one.labels, same.labels)
-    assert all(torch.equal(one.factors[name], same.factors[name]) for name in one.factors)
-    assert not torch.equal(one.images, other.images)
-
-
 def test_drawn_faces_have_the_stated_form(faces):
     assert faces.images.shape == (400, 3, 64, 64) and faces.images.dtype == torch.uint8
     assert faces.factors.keys() == {*data.FACE_FACTORS, "glasses"}
@@ -387,6 +381,14 @@ def test_a_factor_of_faces_shows_where_it_should_and_is_smooth(faces, name):
     assert (change.amax(dim=(1, 2)) > 15).all()
     # Edges are soft: a step, a third of a pixel at most, nowhere swaps one colour for another.
     assert path.diff(dim=1).abs().max() < 110
+
+
+def test_edges_of_faces_are_antialiased(faces):
+    """A face is what it would be if drawn four times as large and averaged."""
+    factors = {name: values[:12] for name, values in faces.factors.items()}
+    large = data.paint_faces(factors, 256, 256, 256).float()
+    averaged = torch.nn.functional.avg_pool2d(large, 4)
+    assert (data.paint_faces(factors).float() - averaged).abs().mean() < 1.5  # levels of 256
 
 
 def test_factors_of_faces_are_what_their_names_say(faces):

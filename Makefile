@@ -3,6 +3,7 @@
 PYTHON ?= python3
 RUN := .venv/bin/python
 TRAIN := $(RUN) train.py --dataset mnist --fallback digits
+SMALL := $(if $(QUICK),--dataset digits --epochs 1 --seeds 0 --limit 20000)
 
 help:  ## list the targets (the default)
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-15s %s\n", $$1, $$2}' Makefile
@@ -30,6 +31,15 @@ train-celeba: .venv/ready  ## the VAE of 64 x 64 faces on CelebA, or on drawn on
 ae: .venv/ready  ## an autoencoder beside a VAE: what sampling needs
 	$(RUN) ae.py --dataset mnist --fallback digits
 
+exercises: .venv/ready  ## solve the exercises: under an hour; with QUICK=1 a glance, small
+	$(RUN) exercises/ex1_beta_vae.py $(SMALL)
+	$(if $(QUICK),,$(RUN) exercises/ex1_beta_vae.py --dataset digits)
+	$(if $(QUICK),,$(RUN) exercises/ex1_beta_vae.py --dataset faces --epochs 2)
+	$(RUN) exercises/ex2_latent_dim.py $(SMALL)
+	$(RUN) exercises/ex3_conditional_vae.py $(SMALL)
+	$(RUN) exercises/ex4_mse_vs_bce.py $(SMALL)
+	$(RUN) exercises/ex5_kl_annealing.py $(SMALL)
+
 test: .venv/ready  ## the tests: on the CPU, offline, under two minutes
 	$(RUN) -m pytest -q tests
 
@@ -37,6 +47,6 @@ bench: .venv/ready  ## how fast faces are decoded, beside Pillow alone
 	$(RUN) tests/bench.py
 
 clean:  ## remove .venv and caches; keeps data/ and runs/
-	rm -rf .venv .pytest_cache .hypothesis __pycache__ tests/__pycache__
+	rm -rf .venv .pytest_cache .hypothesis __pycache__ */__pycache__
 
-.PHONY: help setup train-mnist train-mnist-2d train-conv train-celeba ae test bench clean
+.PHONY: help setup train-mnist train-mnist-2d train-conv train-celeba ae exercises test bench clean

@@ -754,7 +754,7 @@ FACE_FACTORS = {
     "fringe": (0.0, 1.0),  # how far down the forehead it comes
     "face_width": (0.47, 0.57),  # half of it; lengths are in units of 35 pixels of 64
     "jaw": (0.0, 1.0),  # from pointed to square
-    "beard": (-2.0, 1.0),  # its opacity; none below 0
+    "beard": (-2.0, 1.0),  # its opacity, clamped to 0: two faces in three have none
     "eye_size": (0.8, 1.25),  # relative
     "eye_colour": (0.0, 1.0),
     "gaze": (-1.0, 1.0),  # to our left or right
@@ -794,6 +794,7 @@ def face_factors(n: int, seed: int) -> dict[str, Tensor]:
         name: low + (high - low) * torch.rand(n, generator=generator)
         for name, (low, high) in FACE_FACTORS.items()
     }
+    factors["beard"].clamp_(min=0)
     return factors | {"glasses": (torch.rand(n, generator=generator) < 0.3).float()}
 
 
@@ -872,7 +873,7 @@ def paint_faces(
 
     # Beard, nose, mouth.
     edge = 0.3 - 0.42 * ((x - middle) / half).square().clamp(max=1)
-    paint(head * inside(y - edge) * 0.9 * f["beard"].clamp(min=0), 0.9 * hair)
+    paint(head * inside(y - edge) * 0.9 * f["beard"], 0.9 * hair)
     paint(ellipse(1.25 * middle, 0.185, 0.075, 0.05), shade)
     paint(ellipse(1.25 * middle, 0.165, 0.07, 0.05) * inside(y - 0.13), skin)
     t = (x - 1.05 * middle) / (0.25 * squeeze)  # -1 and 1 are the corners of the mouth

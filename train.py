@@ -3,12 +3,13 @@
     python train.py                               the MLP VAE on MNIST, 10 epochs
     python train.py --model conv --beta 4         a convolutional beta-VAE
     python train.py --latent-dim 2                two latents, to draw as a map
+    python train.py --kl-anneal 5                 let the KL in over five epochs
     python train.py --dataset digits              no download: digits drawn here
     python train.py --model celeba --limit 20000  faces, from CelebA's files (chapter 2.7)
     python train.py --out runs/long --epochs 50 --resume      begin it, or go on with it
 
 A run is a folder: config.json (what was asked), history.csv (a row an epoch, nats per
-image; for ae squared errors), checkpoint.pt (the model), and the figures of viz.py.
+image; for ae and --recon mse squared errors), checkpoint.pt (the model), and the figures of viz.py.
 """
 
 import argparse
@@ -30,16 +31,17 @@ import torch.nn as nn
 from ae import Autoencoder
 from data import DATASETS, DRAWN, PROJECT_DATA, Batches, DataUnavailable, Split, UserError
 from data import load_dataset, show_status, write_atomically
-from vae import VAE, CelebAVAE, ConvVAE
+from vae import VAE, CelebAVAE, ConvVAE, bce_from_logits, squared_error
 
 MODELS = {"ae": Autoencoder, "mlp": VAE, "conv": ConvVAE, "celeba": CelebAVAE}
+RECON_LOSSES = {"bce": bce_from_logits, "mse": squared_error}
 COLOUR = ("celeba", "faces")  # 64 x 64 in colour; the other datasets are 28 x 28 in grey
 
 RUN_FILES = ("config.json", "checkpoint.pt")
 # What decides a run's numbers; --resume insists that none of it has changed.
 SETTINGS = (
     "model", "dataset", "train_images", "test_images",
-    "latent_dim", "beta", "batch_size", "lr", "seed",
+    "latent_dim", "beta", "kl_anneal", "recon", "batch_size", "lr", "seed",
 )
 
 
@@ -89,6 +91,15 @@ def test_epoch(
     return tuple((sums / count).tolist())
 
 
+def kl_weight(epoch: int, kl_anneal: int) -> float:
+    """The weight of the KL in an epoch, counted from 1: min(1, epoch / kl_anneal).
+
+    So the first epoch already trains at a weight above 0. kl_anneal = 0: always 1. This is a
+    linear form of KL annealing (Bowman et al. 2016, who raise it step by step, as a sigmoid).
+    """
+    return min(1.0, epoch / kl_anneal) if kl_anneal else 1.0
+
+
 def progress(batches: Batches, epoch: int, epochs: int) -> Iterator:
     """Yield the batches; on a terminal, keep one line of throughput and time left."""
     if not sys.stdout.isatty():
@@ -113,9 +124,17 @@ def progress(batches: Batches, epoch: int, epochs: int) -> Iterator:
 # ------------------------------------------------------------------- runs on disk
 
 
-def build_model(name: str, latent_dim: int | None = None) -> nn.Module:
+def build_model(name: str, latent_dim: int | None = None, recon: str = "bce") -> nn.Module:
     """The model of that name; latent_dim=None keeps the architecture's own."""
-    return MODELS[name]() if latent_dim is None else MODELS[name](latent_dim=latent_dim)
+    model = MODELS[name]() if latent_dim is None else MODELS[name](latent_dim=latent_dim)
+    model.recon_loss = RECON_LOSSES[recon]
+    return model
+
+
+def loss_unit(config: dict) -> str:
+    if config["model"] == "ae":
+        return "squared error per image"
+    return "nats per image" if config["recon"] == "bce" else "squared error per image, KL in nats"
 
 
 def open_run(out: str | None, resume: bool, name: str) -> Path:
@@ -180,13 +199,16 @@ def load_run(folder: str | Path) -> tuple[nn.Module, dict]:
     try:
         config = json.loads(config_path.read_bytes())
         config = {key: config[key] for key in SETTINGS}
+        MODELS[config["model"]], RECON_LOSSES[config["recon"]]
     except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{config_path}: is not the config.json of a run ({error!r})") from error
+        raise UserError(
+            f"{config_path}: is not a run's config.json, or of another version ({error!r})"
+        ) from error
     try:
         # weights_only: a checkpoint from elsewhere must not be able to run code.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         check_settings(path, checkpoint["config"], config)
-        model = build_model(config["model"], config["latent_dim"])
+        model = build_model(config["model"], config["latent_dim"], config["recon"])
         model.load_state_dict(checkpoint["model"])
         # What the callers rely on must be there, too:
         checkpoint["optimizer"], checkpoint["history"][-1], checkpoint["config"]["notice"]
@@ -213,8 +235,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; {self.prog} --help explains the options")
 
 
-def run_cli(main: Callable[[], object]) -> NoReturn:
-    """Run a script: a user's error becomes one line on stderr and exit status 2."""
+def run_cli(
+    main: Callable[[], object],
+    to_go_on: str = "--resume goes on with a run that has an --out",
+) -> NoReturn:
+    """Run a script: a user's error becomes one line on stderr and exit status 2.
+
+    to_go_on: what to tell a user who has pressed Ctrl-C.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path may hold what it cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -227,7 +255,7 @@ def run_cli(main: Callable[[], object]) -> NoReturn:
     except torch.OutOfMemoryError:
         message = "the GPU's memory is full: take a smaller --batch-size or --latent-dim"
     except KeyboardInterrupt:
-        print("\ninterrupted; --resume goes on with a run that has an --out", file=sys.stderr)
+        print(f"\ninterrupted; {to_go_on}", file=sys.stderr)
         sys.exit(130)
     else:
         sys.exit(0)
@@ -260,6 +288,12 @@ def parse_args(argv: list[str] | None, description: str = __doc__) -> argparse.N
         help="size of the code z (default: 20, conv 128, celeba 256)")
     add("--beta", type=number(float, 0), default=1.0, metavar="B",
         help="weight of the KL in the loss: 1 is the VAE, more a beta-VAE (default: 1)")
+    add("--kl-anneal", type=number(int, 0), default=0, metavar="N",
+        help="train epoch e at the weight beta * min(1, e / N); test losses are always of the "
+        "full beta (default: 0, none)")
+    add("--recon", choices=RECON_LOSSES,
+        help="reconstruction loss, summed over the pixels: bce, of Bernoulli pixels, or mse, the "
+        "squared error, which is of Gaussian ones with variance beta / 2 (default: bce; ae: mse)")
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS,
         help="mnist and fashion-mnist are downloaded once, celeba you put there yourself (see "
@@ -306,8 +340,12 @@ def parse_args(argv: list[str] | None, description: str = __doc__) -> argparse.N
             )
     if args.skip_broken and args.dataset != "celeba":
         parser.error(f"--skip-broken is for the JPEGs of celeba, not for {args.dataset}")
-    if args.model == "ae" and args.beta != 1:
-        parser.error("--beta weighs the KL, and --model ae has none")
+    if args.recon is None:
+        args.recon = "mse" if args.model == "ae" else "bce"
+    if args.model == "ae" and (args.beta != 1 or args.kl_anneal):
+        parser.error("--beta and --kl-anneal weigh the KL, and --model ae has none")
+    if args.model == "ae" and args.recon != "mse":
+        parser.error("--model ae is trained on the squared error only, --recon mse")
     return args
 
 
@@ -340,9 +378,12 @@ def load_or_fall_back(args: argparse.Namespace) -> tuple[str, tuple[Split, Split
         return args.fallback, load_dataset(args.fallback, root)
 
 
-def main(argv: list[str] | None = None) -> Path:
-    """Train, evaluate, save and draw one run. Returns its folder."""
-    args = parse_args(argv)
+def train_run(args: argparse.Namespace) -> tuple:
+    """Train, evaluate and save one run, an epoch at a time.
+
+    Returns the arguments of viz.draw_run: (folder, model, config, history, test_loader,
+    factors of the test images).
+    """
     device = find_device(args.device)
     dataset, (train_split, test_split) = load_or_fall_back(args)
 
@@ -350,7 +391,7 @@ def main(argv: list[str] | None = None) -> Path:
     train_split = Split(train_split.images[: args.limit], train_split.labels[: args.limit], {})
 
     torch.manual_seed(args.seed)
-    model = build_model(args.model, args.latent_dim)
+    model = build_model(args.model, args.latent_dim, args.recon)
     notice = "" if dataset == args.dataset else f"built-in {dataset}, not {args.dataset}"
     config = {
         "model": args.model,
@@ -360,6 +401,8 @@ def main(argv: list[str] | None = None) -> Path:
         "test_images": len(test_split.images),
         "latent_dim": model.latent_dim,
         "beta": args.beta,
+        "kl_anneal": args.kl_anneal,
+        "recon": args.recon,
         "epochs": args.epochs,
         "batch_size": args.batch_size,
         "lr": args.lr,
@@ -371,6 +414,8 @@ def main(argv: list[str] | None = None) -> Path:
     name = f"{dataset}-instead-of-{args.dataset}" if notice else dataset
     name += f"-{args.model}"
     name += f"-beta{args.beta:g}" if args.beta != 1 else ""
+    name += f"-anneal{args.kl_anneal}" if args.kl_anneal else ""
+    name += "-mse" if args.recon == "mse" and args.model != "ae" else ""
     name += f"-latent{args.latent_dim}" if args.latent_dim else ""
     name += f"-first{args.limit}" if limited else ""
     folder = open_run(args.out, args.resume, name)
@@ -396,7 +441,7 @@ def main(argv: list[str] | None = None) -> Path:
     print(
         f"{args.model} with {config['parameters']:,} parameters on {dataset}, "
         f"{len(train_split.images):,} + {len(test_split.images):,} images, {config['device']}. "
-        f"Losses: {'squared error' if args.model == 'ae' else 'nats'} per image. Run: {folder}",
+        f"Losses: {loss_unit(config)}. Run: {folder}",
         flush=True,
     )
     for epoch in range(len(history) + 1, args.epochs + 1):
@@ -404,7 +449,8 @@ def main(argv: list[str] | None = None) -> Path:
         # Every epoch has a seed of its own, so a resumed run draws the same numbers.
         torch.manual_seed(args.seed + 1_000_003 * epoch)
         batches = progress(train_loader, epoch, args.epochs)
-        train = train_epoch(model, batches, optimizer, device, args.beta)
+        beta = args.beta * kl_weight(epoch, args.kl_anneal)
+        train = train_epoch(model, batches, optimizer, device, beta)
         test = test_epoch(model, test_loader, device, args.beta)
         seconds = time.monotonic() - start
         if not all(map(math.isfinite, train + test)):
@@ -414,7 +460,7 @@ def main(argv: list[str] | None = None) -> Path:
                 f"{folder}: in epoch {epoch} the loss is no longer finite (train {train[0]:g}, "
                 f"test {test[0]:g}); try a smaller --lr. Epochs kept: {len(history)}"
             )
-        row = {"epoch": epoch, "beta": args.beta}
+        row = {"epoch": epoch, "beta": beta}
         row |= zip(("train_loss", "train_recon", "train_kl"), train)
         row |= zip(("test_loss", "test_recon", "test_kl"), test)
         history.append(row | {"seconds": round(seconds, 3)})
@@ -426,9 +472,18 @@ def main(argv: list[str] | None = None) -> Path:
             flush=True,
         )
 
+    return folder, model, config, history, test_loader, factors
+
+
+def main(argv: list[str] | None = None) -> Path:
+    """Train and draw one run. Returns its folder."""
+    args = parse_args(argv)
+    run = train_run(args)
+    folder, config = run[0], run[2]
+
     from viz import draw_run  # viz.py stands on this file; only here does it look up
 
-    draw_run(folder, model, config, history, test_loader, factors)
+    draw_run(*run)
     print(f"saved in {folder}: config.json, history.csv, checkpoint.pt and the figures")
     if config["notice"]:
         print(f"*** REMEMBER: these are the {config['notice'].upper()}. ***")

@@ -15,6 +15,8 @@ Sources: Kingma & Welling 2013 (arXiv:1312.6114); Rezende, Mohamed & Wierstra
 2014 (arXiv:1401.4082); for beta, Higgins et al. 2017.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -73,22 +75,29 @@ def squared_error(x_logits: Tensor, x: Tensor) -> Tensor:
     """||x - sigmoid(x_logits)||^2 per image: (batch,).
 
     Up to a constant this is -log p(x|z) in nats of a Gaussian with mean
-    sigmoid(x_logits) and variance 1/2.
+    sigmoid(x_logits) and variance 1/2. For another variance s^2 it would be
+    squared_error / (2 s^2), so with this loss beta = 2 s^2 does the same as that variance.
     """
     x = x.reshape(x_logits.shape)
     return (x - torch.sigmoid(x_logits)).pow(2).flatten(1).sum(dim=1)
 
 
 def vae_loss(
-    x_logits: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, beta: float = 1.0
+    x_logits: Tensor,
+    x: Tensor,
+    mu: Tensor,
+    logvar: Tensor,
+    beta: float = 1.0,
+    recon_loss: Callable[[Tensor, Tensor], Tensor] = bce_from_logits,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The negative ELBO, its KL weighted by beta: (total, recon, kl), summed over the batch.
 
-    x_logits, x: the same images, (batch, ...); mu, logvar: (batch, latent_dim).
-    Three scalars in nats, total = recon + beta * kl. recon is a one-sample
-    Monte Carlo estimate of -E_q(z|x)[log p(x|z)]; kl is exact.
+    x_logits, x: the same images, (batch, ...); mu, logvar: (batch, latent_dim);
+    recon_loss: bce_from_logits or squared_error. Three scalars in nats (but recon in the
+    units of recon_loss), total = recon + beta * kl. recon is a one-sample Monte Carlo
+    estimate of -E_q(z|x)[log p(x|z)]; kl is exact.
     """
-    recon = bce_from_logits(x_logits, x).sum()
+    recon = recon_loss(x_logits, x).sum()
     kl = kl_divergence_gaussian(mu, logvar).sum()
     return recon + beta * kl, recon, kl
 
@@ -115,8 +124,11 @@ class GaussianVAE(nn.Module):
     """What every VAE here does, whatever its networks are.
 
     A subclass is an architecture: it sets `latent_dim` and defines
-    `encode(x) -> (mu, logvar)` and `decode_logits(z)`.
+    `encode(x) -> (mu, logvar)` and `decode_logits(z)`. `recon_loss` is the -log p(x|z)
+    that it is trained on.
     """
+
+    recon_loss = staticmethod(bce_from_logits)
 
     def reparameterize(self, mu: Tensor, logvar: Tensor) -> Tensor:
         return reparameterize(mu, logvar)
@@ -136,7 +148,7 @@ class GaussianVAE(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(total, recon, kl) of a batch, as `vae_loss`. The labels are not used."""
         x_logits, mu, logvar = self(images)
-        return vae_loss(x_logits, images, mu, logvar, beta)
+        return vae_loss(x_logits, images, mu, logvar, beta, self.recon_loss)
 
     @torch.no_grad()
     def sample(self, num_samples: int, device: torch.device | str | None = None) -> Tensor:

@@ -19,7 +19,7 @@ from matplotlib.patches import Circle
 from torch import Tensor
 
 from data import CLASS_NAMES, Batches, UserError, load_dataset, write_atomically
-from train import Parser, find_data_dir, load_run, run_cli
+from train import Parser, find_data_dir, load_run, loss_unit, run_cli
 from vae import kl_divergence_gaussian
 
 # The attributes that attributes.png adds to faces and takes away.
@@ -47,6 +47,23 @@ def mean_codes(model: nn.Module, images: Tensor) -> Tensor:
     """The code of each image, (batch, latent_dim); of a VAE, the mean of q(z|x)."""
     codes = model.encode(images)
     return codes[0] if isinstance(codes, tuple) else codes
+
+
+@torch.no_grad()
+def encode_all(
+    model: nn.Module, loader: Iterable, device: torch.device | str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q(z|x) of every image: mu and logvar, (n, latent_dim), and the labels, on the CPU."""
+    model.eval()
+    batches = [(*model.encode(images.to(device)), labels) for images, labels in loader]
+    return tuple(torch.cat(part).cpu() for part in zip(*batches))
+
+
+def kl_per_latent(mu: Tensor, logvar: Tensor) -> Tensor:
+    """The mean KL of each latent by itself, nats: (n, latent_dim) -> (latent_dim,)."""
+    # As if each were the only latent of an image of its own.
+    each = kl_divergence_gaussian(mu.reshape(-1, 1), logvar.reshape(-1, 1))
+    return each.view(mu.shape).mean(dim=0)
 
 
 def first_images(loader: Iterable, device: torch.device | str, n: int) -> Tensor:
@@ -274,14 +291,8 @@ def visualize_traversals(
     the largest, and the one with the smallest. Where that is near 0, the decoder does not
     use the latent, and the row does not change.
     """
-    model.eval()
-    kl = []
-    for images, _ in test_loader:
-        mu, logvar = model.encode(images.to(device))
-        # The KL of each latent by itself: as if it were the only one of its image.
-        each = kl_divergence_gaussian(mu.reshape(-1, 1), logvar.reshape(-1, 1))
-        kl.append(each.view(mu.shape))
-    kl = torch.cat(kl).mean(dim=0)
+    mu, logvar, _ = encode_all(model, test_loader, device)
+    kl = kl_per_latent(mu, logvar)
     order = kl.argsort(descending=True).tolist()
     order = order[: num_dims - 1] + order[num_dims - 1 :][-1:]
     values = torch.linspace(-2.5, 2.5, num_steps, device=device)
@@ -343,8 +354,7 @@ def draw_run(
     device = next(model.parameters()).device
     note = config["notice"]
     torch.manual_seed(config["seed"])
-    unit = "squared error per image" if config["model"] == "ae" else "nats per image"
-    visualize_training(history, folder / "training.png", unit, note)
+    visualize_training(history, folder / "training.png", loss_unit(config), note)
     visualize_reconstruction(model, loader, device, folder / "reconstruction.png", note=note)
     visualize_samples(model, device, folder / "samples.png", num_samples=64, note=note)
     if config["test_images"] > 1:

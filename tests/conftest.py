@@ -16,7 +16,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests run on the CPU, also where 
 import torch  # noqa: E402
 
 PROJECT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(PROJECT))
+sys.path[:0] = [str(PROJECT), str(PROJECT / "exercises")]
 
 import data  # noqa: E402
 import train  # noqa: E402

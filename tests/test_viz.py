@@ -203,8 +203,8 @@ def test_figures_leave_batchnorm_as_it_is(tmp_path, faces):
     model = CelebAVAE(latent_dim=2).train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     loader = Batches(faces.images[:20], faces.labels[:20], 7)
-    config = {"model": "celeba", "dataset": "faces", "notice": "", "seed": 0, "latent_dim": 2, "recon": "bce",
-              "test_images": 20}
+    config = {"model": "celeba", "dataset": "faces", "notice": "", "seed": 0, "recon": "bce",
+              "latent_dim": 2, "test_images": 20}
     history = [{"epoch": 1} | {f"{a}_{b}": 1.0 for a in ("train", "test")
                                for b in ("loss", "recon", "kl")}]
     factors = {name: values[:20] for name, values in faces.factors.items()}

@@ -73,12 +73,21 @@ class Batches:
     images: uint8 (n, channels, height, width) and labels: (n,) stay on the device
     they are on, and so do the batches: nothing is copied from host to device in a
     training step. With shuffle, each pass draws a new order from torch's global
-    generator. The last batch may be smaller.
+    generator. With binarize, pixels become 0 or 1, drawn anew in every batch with the grey
+    value as the probability of 1 (so no image is ever quite the same). The last batch may be
+    smaller.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, batch_size: int, shuffle: bool = False):
+    def __init__(
+        self,
+        images: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        shuffle: bool = False,
+        binarize: bool = False,
+    ):
         self.images, self.labels = images, labels
-        self.batch_size, self.shuffle = batch_size, shuffle
+        self.batch_size, self.shuffle, self.binarize = batch_size, shuffle, binarize
 
     def __len__(self) -> int:
         return math.ceil(len(self.images) / self.batch_size)
@@ -87,8 +96,17 @@ class Batches:
         n, device = len(self.images), self.images.device
         order = torch.randperm(n, device=device) if self.shuffle else torch.arange(n, device=device)
         for index in order.split(self.batch_size):
-            images = self.images.index_select(0, index)
-            yield images.float().div_(255), self.labels.index_select(0, index)
+            images = self.images.index_select(0, index).float().div_(255)
+            if self.binarize:  # rand < p, four times as fast as torch.bernoulli
+                images = (torch.rand_like(images) < images).float()
+            yield images, self.labels.index_select(0, index)
+
+
+def binarize_once(images: Tensor, seed: int = 0) -> Tensor:
+    """One draw of binary images, for testing: uint8 pixels become 0 or 255, the latter with
+    probability pixel / 255. The same seed gives the same draw."""
+    uniform = torch.rand(images.shape, generator=torch.Generator().manual_seed(seed))
+    return (uniform < images.cpu() / 255).to(torch.uint8) * 255
 
 
 @contextlib.contextmanager

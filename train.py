@@ -7,6 +7,8 @@
     python train.py --dataset digits              no download: digits drawn here
     python train.py --model celeba --limit 20000  faces, from CelebA's files (chapter 2.7)
     python train.py --out runs/long --epochs 50 --resume      begin it, or go on with it
+    python train.py --binarize --importance-samples 5         an IWAE, on binary pixels
+    python train.py --evaluate runs/long          its log p(x), by importance sampling
 
 A run is a folder: config.json (what was asked), history.csv (a row an epoch, nats per
 image; for ae and --recon mse squared errors), checkpoint.pt (the model), and the figures of viz.py.
@@ -30,18 +32,24 @@ import torch.nn as nn
 
 from ae import Autoencoder
 from data import DATASETS, DRAWN, PROJECT_DATA, Batches, DataUnavailable, Split, UserError
-from data import load_dataset, show_status, write_atomically
-from vae import VAE, CelebAVAE, ConvVAE, bce_from_logits, squared_error
+from data import binarize_once, load_dataset, show_status, write_atomically
+from vae import VAE, CelebAVAE, ConvVAE, active_units, bce_from_logits, draw_log_weights
+from vae import importance_weighted_bound, squared_error
 
 MODELS = {"ae": Autoencoder, "mlp": VAE, "conv": ConvVAE, "celeba": CelebAVAE}
 RECON_LOSSES = {"bce": bce_from_logits, "mse": squared_error}
 COLOUR = ("celeba", "faces")  # 64 x 64 in colour; the other datasets are 28 x 28 in grey
 
+# evaluate_run gives the bounds L_k for these k, and for all draws together.
+BOUND_SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
+
 RUN_FILES = ("config.json", "checkpoint.pt")
 # What decides a run's numbers; --resume insists that none of it has changed.
 SETTINGS = (
-    "model", "dataset", "train_images", "test_images",
-    "latent_dim", "beta", "kl_anneal", "recon", "batch_size", "lr", "seed",
+    "model", "dataset", "binarize", "train_images", "test_images",
+    "latent_dim", "hidden_dim", "hidden_layers",
+    "beta", "kl_anneal", "recon", "importance_samples",
+    "batch_size", "lr", "lr_schedule", "seed",
 )
 
 
@@ -100,6 +108,18 @@ def kl_weight(epoch: int, kl_anneal: int) -> float:
     return min(1.0, epoch / kl_anneal) if kl_anneal else 1.0
 
 
+def learning_rate(epoch: int, epochs: int, lr: float, schedule: str) -> float:
+    """The learning rate of an epoch, counted from 1.
+
+    constant: lr. cosine: half a period of the cosine, from lr in the first epoch to almost 0
+    after the last (Loshchilov & Hutter 2017, without restarts): noise that keeps the weights
+    from settling dies away.
+    """
+    if schedule == "constant":
+        return lr
+    return lr * 0.5 * (1 + math.cos(math.pi * (epoch - 1) / epochs))
+
+
 def progress(batches: Batches, epoch: int, epochs: int) -> Iterator:
     """Yield the batches; on a terminal, keep one line of throughput and time left."""
     if not sys.stdout.isatty():
@@ -124,10 +144,13 @@ def progress(batches: Batches, epoch: int, epochs: int) -> Iterator:
 # ------------------------------------------------------------------- runs on disk
 
 
-def build_model(name: str, latent_dim: int | None = None, recon: str = "bce") -> nn.Module:
-    """The model of that name; latent_dim=None keeps the architecture's own."""
-    model = MODELS[name]() if latent_dim is None else MODELS[name](latent_dim=latent_dim)
-    model.recon_loss = RECON_LOSSES[recon]
+def build_model(settings: dict) -> nn.Module:
+    """The model that the SETTINGS ask for; a size of None keeps the architecture's own."""
+    sizes = {key: settings[key] for key in ("latent_dim", "hidden_dim", "hidden_layers")}
+    sizes = {key: size for key, size in sizes.items() if size is not None}
+    model = MODELS[settings["model"]](**sizes)
+    model.recon_loss = RECON_LOSSES[settings["recon"]]
+    model.importance_samples = settings["importance_samples"]
     return model
 
 
@@ -208,7 +231,7 @@ def load_run(folder: str | Path) -> tuple[nn.Module, dict]:
         # weights_only: a checkpoint from elsewhere must not be able to run code.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         check_settings(path, checkpoint["config"], config)
-        model = build_model(config["model"], config["latent_dim"], config["recon"])
+        model = build_model(config)
         model.load_state_dict(checkpoint["model"])
         # What the callers rely on must be there, too:
         checkpoint["optimizer"], checkpoint["history"][-1], checkpoint["config"]["notice"]
@@ -286,6 +309,10 @@ def parse_args(argv: list[str] | None, description: str = __doc__) -> argparse.N
         "celeba: the same for 64 x 64 in colour (default: mlp; celeba for celeba and faces)")
     add("--latent-dim", type=number(int, 1, 2**16), metavar="N",
         help="size of the code z (default: 20, conv 128, celeba 256)")
+    add("--hidden-dim", type=number(int, 1, 2**16), metavar="N",
+        help="units in each hidden layer of mlp (default: 400)")
+    add("--hidden-layers", type=number(int, 1, 100), metavar="N",
+        help="hidden layers in the encoder of mlp, and in its decoder (default: 1)")
     add("--beta", type=number(float, 0), default=1.0, metavar="B",
         help="weight of the KL in the loss: 1 is the VAE, more a beta-VAE (default: 1)")
     add("--kl-anneal", type=number(int, 0), default=0, metavar="N",
@@ -294,6 +321,9 @@ def parse_args(argv: list[str] | None, description: str = __doc__) -> argparse.N
     add("--recon", choices=RECON_LOSSES,
         help="reconstruction loss, summed over the pixels: bce, of Bernoulli pixels, or mse, the "
         "squared error, which is of Gaussian ones with variance beta / 2 (default: bce; ae: mse)")
+    add("--importance-samples", type=number(int, 1, 10**6), default=1, metavar="K",
+        help="train on the importance-weighted bound of K draws of z, which is an IWAE "
+        "(default: 1, the VAE)")
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS,
         help="mnist and fashion-mnist are downloaded once, celeba you put there yourself (see "
@@ -302,6 +332,9 @@ def parse_args(argv: list[str] | None, description: str = __doc__) -> argparse.N
     add("--fallback", choices=DRAWN,
         help="train on this instead if the dataset is neither on disk nor available from "
         "the network; without --fallback that is an error")
+    add("--binarize", action="store_true",
+        help="make every pixel 0 or 1 at random, 1 with its grey value as the probability: anew in "
+        "every batch for training, once for testing")
     add("--limit", type=number(int, 1), metavar="N",
         help="train on the first N training images only")
     add("--skip-broken", action="store_true",
@@ -315,6 +348,8 @@ def parse_args(argv: list[str] | None, description: str = __doc__) -> argparse.N
         help="images a step (default: 128)")
     add("--lr", type=number(float, 0), default=2e-3, metavar="LR",
         help="learning rate of Adam (default: 0.002)")
+    add("--lr-schedule", choices=["constant", "cosine"], default="constant",
+        help="cosine lets the learning rate fall towards 0 over the --epochs (default: constant)")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N",
         help="the same seed gives the same numbers on the same CPU (default: 0)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto",
@@ -325,7 +360,19 @@ def parse_args(argv: list[str] | None, description: str = __doc__) -> argparse.N
     add("--resume", action="store_true",
         help="go on with the run in --out after its last finished epoch, or begin it; "
         "takes the options that it was begun with, or a larger --epochs")
+    add = parser.add_argument_group("evaluation, instead of training").add_argument
+    add("--evaluate", metavar="RUN",
+        help="estimate log p(x) of the binarized test images under the model of this run, a "
+        "folder; takes --num-samples, --data-dir, --device and --seed besides")
+    add("--num-samples", type=number(int, 1, 10**6), default=5000, metavar="K",
+        help="draws of z for each image (default: 5000)")
     args = parser.parse_args(argv)
+    if args.evaluate:
+        takes = ("evaluate", "num_samples", "data_dir", "device", "seed")
+        given = [key for key in vars(args) if vars(args)[key] != parser.get_default(key)]
+        for key in set(given).difference(takes):
+            parser.error(f"--{key.replace('_', '-')} is for training, not for --evaluate")
+        return args
     if args.resume and args.out is None:
         parser.error("--resume needs --out DIR, the run to go on with")
     if args.dataset is None:
@@ -340,12 +387,21 @@ def parse_args(argv: list[str] | None, description: str = __doc__) -> argparse.N
             )
     if args.skip_broken and args.dataset != "celeba":
         parser.error(f"--skip-broken is for the JPEGs of celeba, not for {args.dataset}")
+    if args.binarize and args.dataset in COLOUR:
+        parser.error(f"--binarize is for grey images, not for {args.dataset}")
+    if args.model == "mlp":
+        args.hidden_dim, args.hidden_layers = args.hidden_dim or 400, args.hidden_layers or 1
+    elif args.hidden_dim or args.hidden_layers:
+        parser.error(f"--hidden-dim and --hidden-layers are for --model mlp, not {args.model}")
+    if args.importance_samples > 1 and (args.beta != 1 or args.kl_anneal):
+        parser.error("--importance-samples trains on a bound of log p(x), which has no --beta or "
+                     "--kl-anneal")
     if args.recon is None:
         args.recon = "mse" if args.model == "ae" else "bce"
     if args.model == "ae" and (args.beta != 1 or args.kl_anneal):
         parser.error("--beta and --kl-anneal weigh the KL, and --model ae has none")
-    if args.model == "ae" and args.recon != "mse":
-        parser.error("--model ae is trained on the squared error only, --recon mse")
+    if args.model == "ae" and (args.recon != "mse" or args.importance_samples > 1):
+        parser.error("--model ae is trained on the squared error only, --recon mse, of one code")
     return args
 
 
@@ -389,32 +445,43 @@ def train_run(args: argparse.Namespace) -> tuple:
 
     limited = args.limit is not None and args.limit < len(train_split.images)
     train_split = Split(train_split.images[: args.limit], train_split.labels[: args.limit], {})
+    if args.binarize:
+        test_split = test_split._replace(images=binarize_once(test_split.images))
 
     torch.manual_seed(args.seed)
-    model = build_model(args.model, args.latent_dim, args.recon)
+    model = build_model(vars(args))
     notice = "" if dataset == args.dataset else f"built-in {dataset}, not {args.dataset}"
     config = {
         "model": args.model,
         "dataset": dataset,
         "notice": notice,
+        "binarize": args.binarize,
         "train_images": len(train_split.images),
         "test_images": len(test_split.images),
         "latent_dim": model.latent_dim,
+        "hidden_dim": args.hidden_dim,
+        "hidden_layers": args.hidden_layers,
         "beta": args.beta,
         "kl_anneal": args.kl_anneal,
         "recon": args.recon,
+        "importance_samples": args.importance_samples,
         "epochs": args.epochs,
         "batch_size": args.batch_size,
         "lr": args.lr,
+        "lr_schedule": args.lr_schedule,
         "seed": args.seed,
         "parameters": sum(p.numel() for p in model.parameters()),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": str(torch.__version__),
     }
     name = f"{dataset}-instead-of-{args.dataset}" if notice else dataset
+    name += "-binarized" if args.binarize else ""
     name += f"-{args.model}"
+    if args.model == "mlp" and (args.hidden_layers, args.hidden_dim) != (1, 400):
+        name += f"-{args.hidden_layers}x{args.hidden_dim}"
     name += f"-beta{args.beta:g}" if args.beta != 1 else ""
     name += f"-anneal{args.kl_anneal}" if args.kl_anneal else ""
+    name += f"-iwae{args.importance_samples}" if args.importance_samples > 1 else ""
     name += "-mse" if args.recon == "mse" and args.model != "ae" else ""
     name += f"-latent{args.latent_dim}" if args.latent_dim else ""
     name += f"-first{args.limit}" if limited else ""
@@ -423,6 +490,11 @@ def train_run(args: argparse.Namespace) -> tuple:
     if args.resume and (folder / "checkpoint.pt").exists():
         model, checkpoint = load_run(folder)
         check_settings(folder, checkpoint["config"], config)
+        if args.lr_schedule == "cosine" and checkpoint["config"]["epochs"] != args.epochs:
+            raise UserError(
+                f"{folder}: its cosine schedule was laid out for {checkpoint['config']['epochs']} "
+                f"epochs, not {args.epochs}; go on with --epochs {checkpoint['config']['epochs']}"
+            )
         history = checkpoint["history"]
         config = checkpoint["config"] | {"epochs": max(args.epochs, len(history))}
     model.to(device)
@@ -435,7 +507,9 @@ def train_run(args: argparse.Namespace) -> tuple:
         save_run(folder, config, model, optimizer, history)
 
     images, labels, _ = train_split
-    train_loader = Batches(images.to(device), labels.to(device), args.batch_size, shuffle=True)
+    train_loader = Batches(
+        images.to(device), labels.to(device), args.batch_size, shuffle=True, binarize=args.binarize
+    )
     images, labels, factors = test_split
     test_loader = Batches(images.to(device), labels.to(device), batch_size=1000)
     print(
@@ -450,6 +524,8 @@ def train_run(args: argparse.Namespace) -> tuple:
         torch.manual_seed(args.seed + 1_000_003 * epoch)
         batches = progress(train_loader, epoch, args.epochs)
         beta = args.beta * kl_weight(epoch, args.kl_anneal)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(epoch, args.epochs, args.lr, args.lr_schedule)
         train = train_epoch(model, batches, optimizer, device, beta)
         test = test_epoch(model, test_loader, device, args.beta)
         seconds = time.monotonic() - start
@@ -475,9 +551,74 @@ def train_run(args: argparse.Namespace) -> tuple:
     return folder, model, config, history, test_loader, factors
 
 
+@torch.no_grad()
+def evaluate_run(args: argparse.Namespace) -> dict:
+    """How good the model of the run args.evaluate is: print it, and write evaluation.json.
+
+    Every one of the binarized test images (the same draw for every run, binarize_once) gets
+    args.num_samples draws of z. Whatever the pixels were in training, the decoder's means are
+    taken as those of Bernoulli pixels here.
+    """
+    folder, device = Path(args.evaluate), find_device(args.device)
+    model, checkpoint = load_run(folder)
+    model, config = model.to(device), checkpoint["config"]
+    if config["recon"] != "bce" or config["dataset"] in COLOUR:
+        raise UserError(
+            f"{folder}: {config['model']} on {config['dataset']} with --recon {config['recon']} "
+            "has no likelihood of binary pixels; evaluate a run on grey images with --recon bce"
+        )
+    test = load_dataset(config["dataset"], find_data_dir(args.data_dir))[1]
+    images = binarize_once(test.images).to(device)
+    loader = Batches(images, test.labels.to(device), batch_size=1000)
+    torch.manual_seed(args.seed)
+    start = time.monotonic()
+    sizes = [k for k in BOUND_SIZES if k < args.num_samples] + [args.num_samples]
+    means, bounds = [], []
+    for batch, _ in loader:
+        means.append(model.encode(batch)[0])
+        for image in batch:
+            log_w = draw_log_weights(model, image[None], args.num_samples)
+            # L_k is estimated from the first k draws, the next k, and so on.
+            groups = [log_w[: len(log_w) // k * k].view(-1, k).T for k in sizes]
+            estimates = [importance_weighted_bound(group) for group in groups]
+            moments = [torch.stack(torch.std_mean(e, correction=0)) for e in estimates]
+            bounds.append(torch.stack(moments))
+        done, seconds = len(bounds), time.monotonic() - start
+        left = seconds / done * (len(images) - done)
+        show_status(f"{done:,} of {len(images):,} images, {left:.0f} s left")
+    show_status("")
+    bounds = torch.stack(bounds).mean(dim=0).tolist()
+    elbo, log_p_x, units = bounds[0][1], bounds[-1][1], active_units(torch.cat(means))
+    evaluation = {
+        "images": len(images),
+        "num_samples": args.num_samples,
+        "seed": args.seed,
+        "neg_elbo": -elbo,
+        "neg_log_likelihood": -log_p_x,
+        "gap": log_p_x - elbo,
+        "active_units": units,
+        "seconds": round(seconds, 1),
+        "bounds": [{"k": k, "bound": mean, "spread": std} for k, (std, mean) in zip(sizes, bounds)],
+    }
+    with write_atomically(folder / "evaluation.json") as file:
+        file.write(json.dumps(evaluation, indent=2).encode() + b"\n")
+    print(
+        f"{folder}: {len(images):,} binarized test images of {config['dataset']}, "
+        f"{args.num_samples:,} draws of z each, {seconds:.0f} s. Nats per image:\n"
+        f"-ELBO {-elbo:.2f}  -log p(x) {-log_p_x:.2f}  gap {log_p_x - elbo:.2f}  "
+        f"active units {units} of {config['latent_dim']}"
+    )
+    if config["notice"]:
+        print(f"*** REMEMBER: these are the {config['notice'].upper()}. ***")
+    return evaluation
+
+
 def main(argv: list[str] | None = None) -> Path:
-    """Train and draw one run. Returns its folder."""
+    """Train and draw one run, or evaluate it. Returns its folder."""
     args = parse_args(argv)
+    if args.evaluate:
+        evaluate_run(args)
+        return Path(args.evaluate)
     run = train_run(args)
     folder, config = run[0], run[2]
 

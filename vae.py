@@ -12,9 +12,11 @@ Everything here works with the negative ELBO, a loss to be minimised, in nats:
     total = recon + beta * KL        (beta = 1: -ELBO, estimated from one draw of z)
 
 Sources: Kingma & Welling 2013 (arXiv:1312.6114); Rezende, Mohamed & Wierstra
-2014 (arXiv:1401.4082); for beta, Higgins et al. 2017.
+2014 (arXiv:1401.4082); for beta, Higgins et al. 2017; for several draws of z,
+Burda, Grosse & Salakhutdinov 2016 (arXiv:1509.00519).
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -102,21 +104,97 @@ def vae_loss(
     return recon + beta * kl, recon, kl
 
 
+# ------------------------------------------------- the likelihood, by importance sampling
+
+
+def log_weights(
+    model: nn.Module, x: Tensor, mu: Tensor, logvar: Tensor, epsilon: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The logarithms of the importance weights w_i = p(x|z_i) p(z_i) / q(z_i|x).
+
+    x: (batch, ...), q(z|x) by its mu and logvar: (batch, latent_dim); epsilon: noise from
+    N(0, I), (k, batch, latent_dim), for the draws z_i = mu + sigma epsilon_i. Returns
+    log w and, of it, -log p(x|z): both (k, batch), nats. The mean of w over draws
+    from q is p(x), and the mean of log w is the ELBO.
+    """
+    z = mu + torch.exp(0.5 * logvar) * epsilon
+    x = x.expand(len(epsilon), *x.shape).flatten(0, 1)  # as many copies as draws
+    recon = model.recon_loss(model.decode_logits(z.flatten(0, 1)), x).view(epsilon.shape[:2])
+    # log p(z) - log q(z|x), in which the two -1/2 log 2 pi cancel
+    log_ratio = 0.5 * (epsilon.pow(2) + logvar - z.pow(2)).sum(dim=2)
+    return log_ratio - recon, recon
+
+
+def importance_weighted_bound(log_w: Tensor) -> Tensor:
+    """log( 1/k sum_i w_i ) of every image: (k, batch) -> (batch,), nats.
+
+    Its expectation L_k (Burda et al. 2016, eq. 8) is the ELBO for k = 1, never falls as k
+    grows, and goes to log p(x). logsumexp takes the largest log w out of the sum,
+    for exp(log w) itself, at e^-90 and less, would be 0.
+    """
+    return torch.logsumexp(log_w, dim=0) - math.log(len(log_w))
+
+
+@torch.no_grad()
+def draw_log_weights(
+    model: nn.Module, x: Tensor, num_samples: int, chunk_size: int = 1000
+) -> Tensor:
+    """log w of num_samples draws from q(z|x) of one image x, (1, ...): (num_samples, 1), nats.
+
+    At most chunk_size draws are decoded at a time. Put the model in evaluation mode.
+    """
+    mu, logvar = model.encode(x)
+    epsilon = torch.randn(num_samples, *mu.shape, device=mu.device)
+    parts = epsilon.split(chunk_size)
+    return torch.cat([log_weights(model, x, mu, logvar, part)[0] for part in parts])
+
+
+def log_likelihood(
+    model: nn.Module, x: Tensor, num_samples: int, chunk_size: int = 1000
+) -> Tensor:
+    """Estimate log p(x) of every image from num_samples draws: (batch, ...) -> (batch,), nats.
+
+    On average it is too low (it is the bound L_k), the less so the more draws; in the
+    literature 5,000 is usual. Image by image, so memory does not grow with the batch.
+    """
+    log_w = (draw_log_weights(model, image[None], num_samples, chunk_size) for image in x)
+    return torch.cat([importance_weighted_bound(image_log_w) for image_log_w in log_w])
+
+
+def active_units(mu: Tensor) -> int:
+    """How many latents the encoder uses: those whose mean varies by more than 0.01 between
+    images, Var_x(mu_j) > 0.01 (Burda et al. 2016, section 5). mu: (n, latent_dim)."""
+    return int((mu.var(dim=0) > 0.01).sum())
+
+
 # ------------------------------------------------------------------- the networks
 
 
-class VAEEncoder(nn.Module):
-    """The recognition network q(z|x): one hidden layer, then mu and log sigma^2."""
+def hidden_stack(input_dim: int, hidden_dim: int, hidden_layers: int) -> nn.Sequential:
+    """input_dim -> hidden_dim -> ... -> hidden_dim, a ReLU after each layer."""
+    sizes = [input_dim] + hidden_layers * [hidden_dim]
+    layers = [(nn.Linear(a, b), nn.ReLU()) for a, b in zip(sizes, sizes[1:])]
+    return nn.Sequential(*(module for layer in layers for module in layer))
 
-    def __init__(self, input_dim: int = 784, hidden_dim: int = 400, latent_dim: int = 20):
+
+class VAEEncoder(nn.Module):
+    """The recognition network q(z|x): one hidden layer or more, then mu and log sigma^2."""
+
+    def __init__(
+        self,
+        input_dim: int = 784,
+        hidden_dim: int = 400,
+        latent_dim: int = 20,
+        hidden_layers: int = 1,
+    ):
         super().__init__()
-        self.fc1 = nn.Linear(input_dim, hidden_dim)
+        self.hidden = hidden_stack(input_dim, hidden_dim, hidden_layers)
         self.fc_mu = nn.Linear(hidden_dim, latent_dim)
         self.fc_logvar = nn.Linear(hidden_dim, latent_dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (batch, ...) with input_dim values an image -> mu, logvar: (batch, latent_dim)."""
-        h = F.relu(self.fc1(x.flatten(1)))
+        h = self.hidden(x.flatten(1))
         return self.fc_mu(h), self.fc_logvar(h).clamp(*LOGVAR_RANGE)
 
 
@@ -125,10 +203,11 @@ class GaussianVAE(nn.Module):
 
     A subclass is an architecture: it sets `latent_dim` and defines
     `encode(x) -> (mu, logvar)` and `decode_logits(z)`. `recon_loss` is the -log p(x|z)
-    that it is trained on.
+    that it is trained on, `importance_samples` the k of the bound L_k.
     """
 
     recon_loss = staticmethod(bce_from_logits)
+    importance_samples = 1
 
     def reparameterize(self, mu: Tensor, logvar: Tensor) -> Tensor:
         return reparameterize(mu, logvar)
@@ -146,9 +225,19 @@ class GaussianVAE(nn.Module):
     def loss(
         self, images: Tensor, labels: Tensor, beta: float = 1.0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(total, recon, kl) of a batch, as `vae_loss`. The labels are not used."""
-        x_logits, mu, logvar = self(images)
-        return vae_loss(x_logits, images, mu, logvar, beta, self.recon_loss)
+        """(total, recon, kl) of a batch, as `vae_loss`. The labels are not used.
+
+        With k = importance_samples > 1, total is -L_k (Burda et al. 2016; beta is not used), no
+        longer recon + kl, but less; recon and kl are the two terms of -ELBO all the same.
+        """
+        if self.importance_samples == 1:
+            x_logits, mu, logvar = self(images)
+            return vae_loss(x_logits, images, mu, logvar, beta, self.recon_loss)
+        mu, logvar = self.encode(images)
+        epsilon = torch.randn(self.importance_samples, *mu.shape, device=mu.device)
+        log_w, recon = log_weights(self, images, mu, logvar, epsilon)
+        kl = kl_divergence_gaussian(mu, logvar)
+        return -importance_weighted_bound(log_w).sum(), recon.mean(dim=0).sum(), kl.sum()
 
     @torch.no_grad()
     def sample(self, num_samples: int, device: torch.device | str | None = None) -> Tensor:
@@ -162,17 +251,23 @@ class GaussianVAE(nn.Module):
 
 
 class VAE(GaussianVAE):
-    """The MLP VAE (chapter 2.4): 784 -> 400 -> 20 -> 400 -> 784.
+    """The MLP VAE (chapter 2.4): 784 -> 400 -> 20 -> 400 -> 784; hidden_layers can be more.
 
     Takes images of any shape with input_dim values, returns them flat.
     """
 
-    def __init__(self, input_dim: int = 784, hidden_dim: int = 400, latent_dim: int = 20):
+    def __init__(
+        self,
+        input_dim: int = 784,
+        hidden_dim: int = 400,
+        latent_dim: int = 20,
+        hidden_layers: int = 1,
+    ):
         super().__init__()
         self.latent_dim = latent_dim
-        self.encoder = VAEEncoder(input_dim, hidden_dim, latent_dim)
-        self.decoder_fc1 = nn.Linear(latent_dim, hidden_dim)
-        self.decoder_fc2 = nn.Linear(hidden_dim, input_dim)
+        self.encoder = VAEEncoder(input_dim, hidden_dim, latent_dim, hidden_layers)
+        self.decoder = hidden_stack(latent_dim, hidden_dim, hidden_layers)
+        self.decoder_fc = nn.Linear(hidden_dim, input_dim)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (batch, ...) -> mu, logvar: (batch, latent_dim)."""
@@ -180,7 +275,7 @@ class VAE(GaussianVAE):
 
     def decode_logits(self, z: Tensor) -> Tensor:
         """z: (batch, latent_dim) -> (batch, input_dim)."""
-        return self.decoder_fc2(F.relu(self.decoder_fc1(z)))
+        return self.decoder_fc(self.decoder(z))
 
 
 class ConvVAE(GaussianVAE):

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 from torch import Tensor
 
-from data import CLASS_NAMES, Batches, UserError, load_dataset, write_atomically
+from data import CLASS_NAMES, Batches, UserError, binarize_once, load_dataset, write_atomically
 from train import Parser, find_data_dir, load_run, loss_unit, run_cli
 from vae import kl_divergence_gaussian
 
@@ -389,7 +389,8 @@ def main(argv: list[str] | None = None) -> None:
             f"{args.run}: was tested on {config['test_images']} images of {config['dataset']}, and "
             f"here are {len(test.images)}: name the data folder of the run with --data-dir"
         )
-    test_loader = Batches(test.images, test.labels, batch_size=1000)
+    images = binarize_once(test.images) if config["binarize"] else test.images
+    test_loader = Batches(images, test.labels, batch_size=1000)
     draw_run(args.run, model, config, checkpoint["history"], test_loader, test.factors)
     print(f"figures drawn in {args.run}")
 

@@ -74,7 +74,7 @@ def trained(
         options["limit"] = args.limit
     argv = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
     asked = train.parse_args(argv)
-    asked.latent_dim = asked.latent_dim or train.build_model(asked.model).latent_dim
+    asked.latent_dim = asked.latent_dim or train.build_model(vars(asked)).latent_dim
     usual = train.parse_args([f"--dataset={asked.dataset}", f"--model={asked.model}"])
     usual.epochs = usual.seed = None  # in the name, as in mnist-mlp-latent-dim20-epochs10-seed0
     named = [f"{k}{v}" for k, v in vars(asked).items() if v != vars(usual)[k]]

@@ -20,12 +20,12 @@ import torch
 import torch.nn as nn
 from common import RESULTS, last_test, load_images, parse_args, report, run, trained
 from matplotlib.figure import Figure
-from metrics import active_units, linear_probe
+from metrics import linear_probe
 from torch import Tensor
 
 from data import Batches
 from train import MODELS
-from vae import GaussianVAE, VAEEncoder, reparameterize, vae_loss
+from vae import GaussianVAE, VAEEncoder, active_units, reparameterize, vae_loss
 from viz import encode_all, save
 
 ANNEAL = 5  # epochs until the weight is 1

@@ -1,6 +1,6 @@
 """How good are codes and samples? Measures from the literature, written out by hand.
 
-Of codes:   active units, the Mutual Information Gap, DCI, a linear probe.
+Of codes:   the Mutual Information Gap, DCI, a linear probe.
 Of samples: the classes and the confidence that a classifier sees, precision and recall.
 """
 
@@ -19,12 +19,6 @@ BINS = 20
 
 
 # ----------------------------------------------------------------------- of codes
-
-
-def active_units(mu: Tensor) -> int:
-    """How many latents the encoder uses: those whose mean varies by more than 0.01 between
-    images, Var_x(mu_j) > 0.01 (Burda, Grosse & Salakhutdinov 2016). mu: (n, latent_dim)."""
-    return int((mu.var(dim=0) > 0.01).sum())
 
 
 def total_correlation(z: Tensor) -> float:

@@ -40,7 +40,7 @@ MODELS = {"ae": Autoencoder, "mlp": VAE, "conv": ConvVAE, "celeba": CelebAVAE}
 RECON_LOSSES = {"bce": bce_from_logits, "mse": squared_error}
 COLOUR = ("celeba", "faces")  # 64 x 64 in colour; the other datasets are 28 x 28 in grey
 
-# evaluate_run gives the bounds L_k for these k, and for all draws together.
+# evaluate measures the bounds L_k for these k, and for all draws together.
 BOUND_SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 
 RUN_FILES = ("config.json", "checkpoint.pt")
@@ -373,6 +373,8 @@ def parse_args(argv: list[str] | None, description: str = __doc__) -> argparse.N
         for key in set(given).difference(takes):
             parser.error(f"--{key.replace('_', '-')} is for training, not for --evaluate")
         return args
+    if args.num_samples != parser.get_default("num_samples"):
+        parser.error("--num-samples is for --evaluate; --importance-samples is for training")
     if args.resume and args.out is None:
         parser.error("--resume needs --out DIR, the run to go on with")
     if args.dataset is None:
@@ -432,6 +434,17 @@ def load_or_fall_back(args: argparse.Namespace) -> tuple[str, tuple[Split, Split
             f"{args.fallback} instead. *** The reason: {error}"
         )
         return args.fallback, load_dataset(args.fallback, root)
+
+
+def load_test_split(folder: Path, config: dict, data_dir: str | None) -> Split:
+    """The test images of the run in folder, as they are on disk: not binarized."""
+    _, test = load_dataset(config["dataset"], find_data_dir(data_dir), skip_broken=True)
+    if len(test.images) != config["test_images"]:
+        raise UserError(
+            f"{folder}: was tested on {config['test_images']} images of {config['dataset']}, and "
+            f"here are {len(test.images)}: name the data folder of the run with --data-dir"
+        )
+    return test
 
 
 def train_run(args: argparse.Namespace) -> tuple:
@@ -551,78 +564,101 @@ def train_run(args: argparse.Namespace) -> tuple:
     return folder, model, config, history, test_loader, factors
 
 
-@torch.no_grad()
-def evaluate_run(args: argparse.Namespace) -> dict:
-    """How good the model of the run args.evaluate is: print it, and write evaluation.json.
+# --------------------------------------------------------- the likelihood of a run
 
-    Every one of the binarized test images (the same draw for every run, binarize_once) gets
-    args.num_samples draws of z. Whatever the pixels were in training, the decoder's means are
-    taken as those of Bernoulli pixels here.
+
+@torch.no_grad()
+def evaluate(model: nn.Module, loader: Iterable, num_samples: int) -> dict:
+    """The bounds L_k of log p(x), k from 1 (the ELBO) to num_samples (next to log p(x) itself).
+
+    loader: any iterable of (images, labels), pixels 0 or 1; model: in evaluation mode, on their
+    device. Means over the images, in nats. The spread of L_k is the standard deviation of its
+    estimates for one and the same image; None if there are fewer than ten.
     """
-    folder, device = Path(args.evaluate), find_device(args.device)
-    model, checkpoint = load_run(folder)
-    model, config = model.to(device), checkpoint["config"]
-    if config["recon"] != "bce" or config["dataset"] in COLOUR:
-        raise UserError(
-            f"{folder}: {config['model']} on {config['dataset']} with --recon {config['recon']} "
-            "has no likelihood of binary pixels; evaluate a run on grey images with --recon bce"
-        )
-    test = load_dataset(config["dataset"], find_data_dir(args.data_dir))[1]
-    images = binarize_once(test.images).to(device)
-    loader = Batches(images, test.labels.to(device), batch_size=1000)
-    torch.manual_seed(args.seed)
     start = time.monotonic()
-    sizes = [k for k in BOUND_SIZES if k < args.num_samples] + [args.num_samples]
-    means, bounds = [], []
-    for batch, _ in loader:
-        means.append(model.encode(batch)[0])
-        for image in batch:
-            log_w = draw_log_weights(model, image[None], args.num_samples)
-            # L_k is estimated from the first k draws, the next k, and so on.
+    sizes = [k for k in BOUND_SIZES if k < num_samples] + [num_samples]
+    means, moments = [], []
+    for images, _ in loader:
+        means.append(model.encode(images)[0])
+        for image in images:
+            log_w = draw_log_weights(model, image[None], num_samples)
+            # L_k from the first k draws, from the next k, and so on
             groups = [log_w[: len(log_w) // k * k].view(-1, k).T for k in sizes]
             estimates = [importance_weighted_bound(group) for group in groups]
-            moments = [torch.stack(torch.std_mean(e, correction=0)) for e in estimates]
-            bounds.append(torch.stack(moments))
-        done, seconds = len(bounds), time.monotonic() - start
-        left = seconds / done * (len(images) - done)
-        show_status(f"{done:,} of {len(images):,} images, {left:.0f} s left")
+            pairs = [(e.mean(), e.std(correction=0)) for e in estimates]
+            moments.append(torch.tensor(pairs))
+        show_status(f"{len(moments):,} images, {time.monotonic() - start:.0f} s")
     show_status("")
-    bounds = torch.stack(bounds).mean(dim=0).tolist()
-    elbo, log_p_x, units = bounds[0][1], bounds[-1][1], active_units(torch.cat(means))
-    evaluation = {
-        "images": len(images),
-        "num_samples": args.num_samples,
-        "seed": args.seed,
+    bounds = [
+        {"k": k, "bound": bound, "spread": spread if 10 * k <= num_samples else None}
+        for k, (bound, spread) in zip(sizes, torch.stack(moments).mean(dim=0).tolist())
+    ]
+    elbo, log_p_x = bounds[0]["bound"], bounds[-1]["bound"]
+    return {
+        "images": len(moments),
+        "num_samples": num_samples,
         "neg_elbo": -elbo,
         "neg_log_likelihood": -log_p_x,
         "gap": log_p_x - elbo,
-        "active_units": units,
-        "seconds": round(seconds, 1),
-        "bounds": [{"k": k, "bound": mean, "spread": std} for k, (std, mean) in zip(sizes, bounds)],
+        "active_units": active_units(torch.cat(means)),
+        "seconds": round(time.monotonic() - start, 1),
+        "bounds": bounds,
     }
-    with write_atomically(folder / "evaluation.json") as file:
-        file.write(json.dumps(evaluation, indent=2).encode() + b"\n")
+
+
+def evaluate_run(args: argparse.Namespace) -> Path:
+    """Evaluate the run args.evaluate on all binarized test images, the same draw of them for
+    every run; print it, write evaluation.json and draw it. Returns the folder.
+
+    Whatever the pixels were in training, here the decoder's output is the mean of Bernoulli pixels.
+    """
+    folder, device = Path(args.evaluate), find_device(args.device)
+    model, checkpoint = load_run(folder)
+    config = checkpoint["config"]
+    if config["recon"] != "bce" or config["dataset"] in COLOUR:
+        raise UserError(
+            f"{folder}: has no likelihood of binary pixels, being {config['model']} on "
+            f"{config['dataset']} with --recon {config['recon']}; evaluate a VAE of grey images "
+            "with --recon bce"
+        )
+    test = load_test_split(folder, config, args.data_dir)
+    loader = Batches(binarize_once(test.images).to(device), test.labels.to(device), 1000)
     print(
-        f"{folder}: {len(images):,} binarized test images of {config['dataset']}, "
-        f"{args.num_samples:,} draws of z each, {seconds:.0f} s. Nats per image:\n"
-        f"-ELBO {-elbo:.2f}  -log p(x) {-log_p_x:.2f}  gap {log_p_x - elbo:.2f}  "
-        f"active units {units} of {config['latent_dim']}"
+        f"{folder}: {config['model']} on {config['dataset']}, {len(test.images):,} binarized test "
+        f"images, {args.num_samples:,} draws of z each",
+        flush=True,
+    )
+    torch.manual_seed(args.seed)
+    result = evaluate(model.to(device), loader, args.num_samples)
+    if not math.isfinite(result["neg_elbo"]):
+        raise UserError(f"{folder}: its model gives images that are no numbers; train another")
+    result |= {"seed": args.seed, "notice": config["notice"]}
+    with write_atomically(folder / "evaluation.json") as file:
+        file.write(json.dumps(result, indent=2).encode() + b"\n")
+
+    from viz import visualize_bounds  # viz.py stands on this file; only here does it look up
+
+    visualize_bounds({folder.name: result}, folder / "bounds.png")
+    print(
+        f"-ELBO {result['neg_elbo']:.2f}  -log p(x) {result['neg_log_likelihood']:.2f}  gap "
+        f"{result['gap']:.2f} nats per image  active units {result['active_units']} of "
+        f"{config['latent_dim']}  {result['seconds']:.0f} s\n"
+        f"saved in {folder}: evaluation.json and bounds.png"
     )
     if config["notice"]:
         print(f"*** REMEMBER: these are the {config['notice'].upper()}. ***")
-    return evaluation
+    return folder
 
 
 def main(argv: list[str] | None = None) -> Path:
     """Train and draw one run, or evaluate it. Returns its folder."""
     args = parse_args(argv)
     if args.evaluate:
-        evaluate_run(args)
-        return Path(args.evaluate)
+        return evaluate_run(args)
     run = train_run(args)
     folder, config = run[0], run[2]
 
-    from viz import draw_run  # viz.py stands on this file; only here does it look up
+    from viz import draw_run  # see evaluate_run
 
     draw_run(*run)
     print(f"saved in {folder}: config.json, history.csv, checkpoint.pt and the figures")

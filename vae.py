@@ -144,7 +144,7 @@ def draw_log_weights(
     At most chunk_size draws are decoded at a time. Put the model in evaluation mode.
     """
     mu, logvar = model.encode(x)
-    epsilon = torch.randn(num_samples, *mu.shape, device=mu.device)
+    epsilon = torch.randn(num_samples, *mu.shape, dtype=mu.dtype, device=mu.device)
     parts = epsilon.split(chunk_size)
     return torch.cat([log_weights(model, x, mu, logvar, part)[0] for part in parts])
 
@@ -234,7 +234,8 @@ class GaussianVAE(nn.Module):
             x_logits, mu, logvar = self(images)
             return vae_loss(x_logits, images, mu, logvar, beta, self.recon_loss)
         mu, logvar = self.encode(images)
-        epsilon = torch.randn(self.importance_samples, *mu.shape, device=mu.device)
+        shape = (self.importance_samples, *mu.shape)
+        epsilon = torch.randn(shape, dtype=mu.dtype, device=mu.device)
         log_w, recon = log_weights(self, images, mu, logvar, epsilon)
         kl = kl_divergence_gaussian(mu, logvar)
         return -importance_weighted_bound(log_w).sum(), recon.mean(dim=0).sum(), kl.sum()

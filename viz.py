@@ -1,11 +1,13 @@
 """Pictures of a trained model and its latent space (chapter 2.5 - 2.7).
 
-    python viz.py runs/mnist-mlp           redraw every figure of a run
+    python viz.py runs/mnist-mlp                        redraw every figure of a run
+    python viz.py runs/iwae --beside runs/vae           the bounds of evaluated runs, in one figure
 
 The functions take a model that is already trained, and the path of the PNG to write.
 `note` is printed at the foot of a figure. No window is opened.
 """
 
+import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,8 +20,8 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle
 from torch import Tensor
 
-from data import CLASS_NAMES, Batches, UserError, binarize_once, load_dataset, write_atomically
-from train import Parser, find_data_dir, load_run, loss_unit, run_cli
+from data import CLASS_NAMES, Batches, UserError, binarize_once, write_atomically
+from train import Parser, load_run, load_test_split, loss_unit, run_cli
 from vae import kl_divergence_gaussian
 
 # The attributes that attributes.png adds to faces and takes away.
@@ -181,6 +183,30 @@ def visualize_training(
     panels[0].set_ylabel(unit)
     panels[0].legend()
     save(figure, path, note)
+
+
+def visualize_bounds(evaluations: dict[str, dict], path: str | Path) -> None:
+    """The bound L_k of log p(x) against k: from the ELBO, k = 1, to the estimate of all draws.
+
+    evaluations: name -> what train.evaluate_run has measured. Lines are means over the images;
+    bands are the standard deviation of an estimate from k draws, for one and the same image.
+    """
+    figure = Figure(figsize=(5.4, 3.4), layout="constrained")
+    axes = figure.subplots()
+    for name, evaluation in evaluations.items():
+        points = evaluation["bounds"]
+        line, = axes.plot(
+            [p["k"] for p in points], [p["bound"] for p in points], ".-",
+            label=f"{name}: {points[0]['bound']:.2f} to {points[-1]['bound']:.2f}",
+        )
+        points = [p for p in points if p["spread"] is not None]
+        low, high = ([p["bound"] + sign * p["spread"] for p in points] for sign in (-1, 1))
+        axes.fill_between([p["k"] for p in points], low, high, color=line.get_color(), alpha=0.15)
+    axes.set(xscale="log", xlabel="draws k", ylabel="bound $L_k$ of log p(x), nats per image")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    notes = {evaluation["notice"]: None for evaluation in evaluations.values()}
+    save(figure, path, "; ".join(filter(None, notes)))
 
 
 # ------------------------------------------------------------------ the latent space
@@ -376,22 +402,42 @@ def draw_run(
         visualize_latent_manifold(model, device, path, digit_size=side, note=note)
 
 
+def read_evaluation(folder: str | Path) -> dict:
+    """What train.py --evaluate has stored in the folder of a run; UserError if there is nothing."""
+    path = Path(folder) / "evaluation.json"
+    try:
+        evaluation = json.loads(path.read_bytes())
+        [(point["k"], point["bound"], point["spread"]) for point in evaluation["bounds"]]
+        evaluation["notice"]
+    except FileNotFoundError as error:
+        raise UserError(f"{path} is missing: run train.py --evaluate {folder} first") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is damaged; run train.py --evaluate {folder} again") from error
+    return evaluation
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(prog="viz.py", description="Redraw the figures of a run.")
     parser.add_argument("run", help="the folder of the run, such as runs/mnist-mlp")
+    parser.add_argument("--beside", nargs="+", metavar="RUN",
+                        help="draw bounds.png only: the bounds of this run and of these, which "
+                        "train.py --evaluate has measured")
     parser.add_argument("--data-dir", metavar="DIR", help="as for train.py")
     args = parser.parse_args(argv)
+    if args.beside:
+        evaluations = {Path(run).name: read_evaluation(run) for run in [args.run, *args.beside]}
+        visualize_bounds(evaluations, Path(args.run) / "bounds.png")
+        print(f"bounds.png drawn in {args.run}")
+        return
     model, checkpoint = load_run(args.run)
     config = checkpoint["config"]
-    _, test = load_dataset(config["dataset"], find_data_dir(args.data_dir), skip_broken=True)
-    if len(test.images) != config["test_images"]:
-        raise UserError(
-            f"{args.run}: was tested on {config['test_images']} images of {config['dataset']}, and "
-            f"here are {len(test.images)}: name the data folder of the run with --data-dir"
-        )
+    test = load_test_split(args.run, config, args.data_dir)
     images = binarize_once(test.images) if config["binarize"] else test.images
     test_loader = Batches(images, test.labels, batch_size=1000)
     draw_run(args.run, model, config, checkpoint["history"], test_loader, test.factors)
+    if (Path(args.run) / "evaluation.json").exists():
+        evaluations = {Path(args.run).name: read_evaluation(args.run)}
+        visualize_bounds(evaluations, Path(args.run) / "bounds.png")
     print(f"figures drawn in {args.run}")
 
 

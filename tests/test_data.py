@@ -480,6 +480,33 @@ def test_batches_serve_every_image_once_with_its_label(n, batch_size, shuffle):
     torch.testing.assert_close(x, images[y].float() / 255, rtol=0, atol=0)
 
 
+@given(st.integers(0, 255))
+def test_binarized_pixels_are_drawn_anew_with_the_grey_value_as_probability(grey):
+    n = 40_000
+    images = torch.full((2, 1, n // 200, 100), grey, dtype=torch.uint8)
+    loader = Batches(images, torch.zeros(2), batch_size=2, binarize=True)
+    (first, _), (second, _) = [*loader, *loader]
+    assert ((first == 0) | (first == 1)).all() and first.dtype == torch.float32
+    p = grey / 255
+    assert abs(first.mean() - p) <= 5 * (p * (1 - p) / n) ** 0.5 + 1e-7
+    assert torch.equal(first, second) == (grey in (0, 255))
+    same = (first == second).float().mean()  # independent draws agree by chance only
+    assert abs(same - p**2 - (1 - p) ** 2) <= 5 * 0.5 / n**0.5
+
+
+@given(st.integers(0, 255), st.integers(0, 2**32 - 1))
+def test_binarizing_once_is_one_fixed_draw(grey, seed):
+    n = 40_000
+    images = torch.full((n // 100, 1, 10, 10), grey, dtype=torch.uint8)
+    once = data.binarize_once(images, seed)
+    assert once.dtype == torch.uint8 and ((once == 0) | (once == 255)).all()
+    p = grey / 255
+    assert abs((once / 255).mean() - p) <= 5 * (p * (1 - p) / n) ** 0.5 + 1e-7
+    torch.rand(3)  # the draw depends on its own seed only
+    assert torch.equal(data.binarize_once(images, seed), once)
+    assert torch.equal(data.binarize_once(images, seed + 1), once) == (grey in (0, 255))
+
+
 def test_shuffling_differs_from_pass_to_pass_and_follows_the_seed():
     loader = Batches(torch.zeros(100, 1, 1, 1, dtype=torch.uint8), torch.arange(100), 100, True)
     first, second = (next(iter(loader))[1].tolist() for _ in range(2))

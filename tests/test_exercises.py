@@ -303,7 +303,7 @@ def test_labels_reach_both_networks_of_the_conditional_vae(drawn):
     model = ConditionalVAE()
     x, labels = drawn.images[:64] / 255, drawn.labels[:64]
     model.loss(x, labels)[0].backward()
-    for layer in (model.encoder.fc1, model.decoder_fc1):
+    for layer in (model.encoder.hidden[0], model.decoder[0]):
         reached = layer.weight.grad[:, -10:].abs().sum(dim=0) > 0
         assert reached.tolist() == [digit in labels for digit in range(10)]
     with torch.no_grad():

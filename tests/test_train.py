@@ -9,9 +9,11 @@ import shutil
 import sys
 from pathlib import Path
 
+import hypothesis.strategies as st
 import pytest
 import torch
 from conftest import PROJECT, assert_user_error, run_here, run_script
+from hypothesis import given
 from torch.utils.data import DataLoader, TensorDataset
 
 import ae
@@ -208,7 +210,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(
     assert read_history(one) == read_history(same) != read_history(other)
     weights = [train.load_run(folder)[1]["model"] for folder in (one, same, other)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert not torch.equal(weights[0]["decoder_fc2.weight"], weights[2]["decoder_fc2.weight"])
+    assert not torch.equal(weights[0]["decoder_fc.weight"], weights[2]["decoder_fc.weight"])
 
 
 @pytest.mark.usefixtures("no_figures")
@@ -227,12 +229,85 @@ def test_a_resumed_run_gives_the_numbers_of_an_uninterrupted_one(tmp_path, mnist
 
 
 @pytest.mark.usefixtures("no_figures")
+def test_the_cosine_schedule_survives_an_interruption_but_not_another_length(
+    tmp_path, mnist_root, monkeypatch
+):
+    options = ["--lr-schedule", "cosine", "--lr", 0.01, "--epochs", 4]
+    run_train("--out", tmp_path / "whole", *options, root=mnist_root)
+    optimizer = train.load_run(tmp_path / "whole")[1]["optimizer"]
+    assert optimizer["param_groups"][0]["lr"] == train.learning_rate(4, 4, 0.01, "cosine")
+
+    def interrupted(*args):
+        save_run(*args)
+        if len(args[-1]) == 2:
+            raise KeyboardInterrupt
+
+    save_run, parts = train.save_run, ["--data-dir", mnist_root, "--out", tmp_path / "parts"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_run", interrupted)
+        assert run_here(train.main, *parts, *options).returncode == 130
+    longer = ["--resume", *options[:-1], 6]
+    assert_user_error(run_here(train.main, *parts, *longer), "cosine", "--epochs 4")
+    run_train("--out", tmp_path / "parts", "--resume", *options, root=mnist_root)
+    assert read_history(tmp_path / "whole") == read_history(tmp_path / "parts")
+
+
+@given(st.integers(1, 200), st.floats(1e-5, 1))
+def test_the_cosine_schedule_falls_from_the_learning_rate_towards_nothing(epochs, lr):
+    rates = [train.learning_rate(epoch, epochs, lr, "cosine") for epoch in range(1, epochs + 1)]
+    assert rates[0] == lr and all(a > b > 0 for a, b in zip(rates, rates[1:]))
+    assert sum(rates) == pytest.approx(lr * (epochs + 1) / 2)
+    if epochs > 3:  # slowly at both ends, fast between them
+        falls = [a - b for a, b in zip(rates, rates[1:])]
+        assert max(falls[0], falls[-1]) < max(falls)
+    assert train.learning_rate(epochs, epochs, lr, "constant") == lr
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_binarized_runs_train_on_fresh_draws_and_test_on_a_fixed_one(
+    tmp_path, mnist_root, drawn, monkeypatch
+):
+    def recorded(epoch_function, seen):
+        def record(model, loader, *args):
+            loader = list(loader)
+            seen.append(torch.cat([images for images, _ in loader]))
+            return epoch_function(model, loader, *args)
+        return record
+
+    trained, tested = [], []
+    monkeypatch.setattr(train, "train_epoch", recorded(train.train_epoch, trained))
+    monkeypatch.setattr(train, "test_epoch", recorded(train.test_epoch, tested))
+    for seed in (0, 1):
+        run_train("--binarize", "--seed", seed, "--out", tmp_path / str(seed), root=mnist_root)
+    for images in trained + tested:
+        assert ((images == 0) | (images == 1)).all()
+    assert all(torch.equal(images, tested[0]) for images in tested)
+    grey = drawn.images[1000:1300].float() / 255
+    assert 0 < (tested[0] - grey).abs().mean() and (tested[0] - grey).mean().abs() < 0.005
+    ink = [images.sum() for images in trained]  # the same images, in another order
+    assert len(set(ink)) == len(ink)
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_the_networks_size_is_that_of_the_options(tmp_path, mnist_root):
+    options = ["--hidden-dim", 200, "--hidden-layers", 2, "--latent-dim", 50]
+    run_train("--out", tmp_path / "run", *options, "--importance-samples", 3, root=mnist_root)
+    model, checkpoint = train.load_run(tmp_path / "run")
+    layers = [(784, 200), (200, 200), (200, 50), (200, 50), (50, 200), (200, 200), (200, 784)]
+    assert [tuple(p.T.shape) for p in model.parameters() if p.dim() == 2] == layers
+    assert checkpoint["config"]["parameters"] == sum(a * b + b for a, b in layers)
+    assert model.importance_samples == 3
+    for row in checkpoint["history"]:
+        assert row["test_loss"] < row["test_recon"] + row["test_kl"]
+
+
+@pytest.mark.usefixtures("no_figures")
 def test_main_shuffles_training_images_only_and_finds_data_by_the_environment(
     tmp_path, mnist_root, monkeypatch
 ):
-    def batches(images, labels, batch_size, shuffle=False):
+    def batches(images, labels, batch_size, shuffle=False, binarize=False):
         made.append((len(images), batch_size, shuffle))
-        return Batches(images, labels, batch_size, shuffle)
+        return Batches(images, labels, batch_size, shuffle, binarize)
 
     made = []
     monkeypatch.setattr(train, "Batches", batches)
@@ -308,6 +383,8 @@ def test_resume_refuses_another_run(tmp_path, mnist_root):
         ("--model", "conv", "model mlp"),
         ("--beta", 4, "beta 1.0"),
         ("--seed", 3, "seed 0"),
+        ("--hidden-dim", 200, "hidden_dim 400"),
+        ("--importance-samples", 5, "importance_samples 1"),
     ):
         result = run_here(train.main, *common, "--resume", option, value)
         assert_user_error(result, str(folder), word)
@@ -371,9 +448,9 @@ def test_faces_from_files_to_figures(tmp_path, monkeypatch):
 
 @pytest.mark.usefixtures("no_figures")
 def test_limit_takes_the_first_images(tmp_path, mnist_root, drawn, monkeypatch):
-    def batches(images, labels, batch_size, shuffle=False):
+    def batches(images, labels, batch_size, shuffle=False, binarize=False):
         made.append((images, labels))
-        return Batches(images, labels, batch_size, shuffle)
+        return Batches(images, labels, batch_size, shuffle, binarize)
 
     made = []
     monkeypatch.setattr(train, "Batches", batches)
@@ -457,6 +534,15 @@ def test_model_and_dataset_follow_each_other():
         (["--model", "celeba", "--dataset", "mnist"], ["--model celeba", "mnist", "64 x 64"]),
         (["--model", "conv", "--dataset", "faces"], ["--model conv", "faces", "64 x 64"]),
         (["--model", "celeba", "--fallback", "digits"], ["--model celeba", "digits"]),
+        (["--model", "conv", "--hidden-dim", "200"], ["--hidden-dim", "mlp", "conv"]),
+        (["--hidden-layers", "0"], ["--hidden-layers", "0"]),
+        (["--dataset", "faces", "--binarize"], ["--binarize", "faces"]),
+        (["--importance-samples", "5", "--beta", "4"], ["--importance-samples", "--beta"]),
+        (["--importance-samples", "5", "--kl-anneal", "4"], ["--kl-anneal"]),
+        (["--model", "ae", "--importance-samples", "5"], ["ae", "one code"]),
+        (["--evaluate", "nothing"], ["nothing", "is missing"]),
+        (["--evaluate", "nothing", "--beta", "4"], ["--beta", "--evaluate"]),
+        (["--num-samples", "50"], ["--num-samples", "--evaluate"]),
     ],
 )
 def test_bad_options_end_in_one_line(tmp_path, monkeypatch, options, words):
@@ -504,7 +590,7 @@ def test_an_exploding_loss_ends_in_one_line_and_keeps_the_last_good_epoch(tmp_pa
     folder = tmp_path / "run"
     run_train("--out", folder, root=mnist_root)
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
-    checkpoint["model"]["decoder_fc2.bias"][0] = math.inf
+    checkpoint["model"]["decoder_fc.bias"][0] = math.inf
     torch.save(checkpoint, folder / "checkpoint.pt")
     options = ["--data-dir", mnist_root, "--out", folder, "--resume", "--epochs", 3]
     assert_user_error(run_here(train.main, *options), "epoch 3", "--lr")
@@ -580,5 +666,6 @@ def test_help_explains_every_option():
     result = run_script("train.py", "--help", cwd=PROJECT)
     assert result.returncode == 0
     for option in ("model", "dataset", "beta", "latent-dim", "epochs", "batch-size", "lr", "seed",
-                   "device", "data-dir", "fallback", "out", "resume"):
+                   "device", "data-dir", "fallback", "out", "resume", "binarize", "hidden-dim",
+                   "hidden-layers", "importance-samples", "lr-schedule", "evaluate", "num-samples"):
         assert f"--{option}" in result.stdout

@@ -239,7 +239,7 @@ def test_the_gradient_is_that_of_every_draw_weighted_by_its_weight():
 
 
 def test_a_latent_is_active_if_its_mean_moves():
-    mu = torch.randn(1000, 4) * torch.tensor([1.0, 0.2, 0.05, 0.0]) + torch.tensor([0, 0, 5.0, 3])
+    mu = torch.randn(1000, 4) * torch.tensor([1.0, 0.11, 0.09, 0.0]) + torch.tensor([0, 5, 5, 3.0])
     assert active_units(mu) == 2
 
 

@@ -395,9 +395,6 @@ def parse_args(argv: list[str] | None, description: str = __doc__) -> argparse.N
         args.hidden_dim, args.hidden_layers = args.hidden_dim or 400, args.hidden_layers or 1
     elif args.hidden_dim or args.hidden_layers:
         parser.error(f"--hidden-dim and --hidden-layers are for --model mlp, not {args.model}")
-    if args.importance_samples > 1 and (args.beta != 1 or args.kl_anneal):
-        parser.error("--importance-samples trains on a bound of log p(x), which has no --beta or "
-                     "--kl-anneal")
     if args.recon is None:
         args.recon = "mse" if args.model == "ae" else "bce"
     if args.model == "ae" and (args.beta != 1 or args.kl_anneal):

@@ -108,21 +108,22 @@ def vae_loss(
 
 
 def log_weights(
-    model: nn.Module, x: Tensor, mu: Tensor, logvar: Tensor, epsilon: Tensor
+    model: nn.Module, x: Tensor, mu: Tensor, logvar: Tensor, epsilon: Tensor, beta: float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """The logarithms of the importance weights w_i = p(x|z_i) p(z_i) / q(z_i|x).
 
     x: (batch, ...), q(z|x) by its mu and logvar: (batch, latent_dim); epsilon: noise from
     N(0, I), (k, batch, latent_dim), for the draws z_i = mu + sigma epsilon_i. Returns
     log w and, of it, -log p(x|z): both (k, batch), nats. The mean of w over draws
-    from q is p(x), and the mean of log w is the ELBO.
+    from q is p(x), and the mean of log w is the ELBO. A beta other than 1 weighs
+    log p(z) / q(z|x), whose mean is -KL, as it weighs the KL in `vae_loss`.
     """
     z = mu + torch.exp(0.5 * logvar) * epsilon
     x = x.expand(len(epsilon), *x.shape).flatten(0, 1)  # as many copies as draws
     recon = model.recon_loss(model.decode_logits(z.flatten(0, 1)), x).view(epsilon.shape[:2])
     # log p(z) - log q(z|x), in which the two -1/2 log 2 pi cancel
     log_ratio = 0.5 * (epsilon.pow(2) + logvar - z.pow(2)).sum(dim=2)
-    return log_ratio - recon, recon
+    return beta * log_ratio - recon, recon
 
 
 def importance_weighted_bound(log_w: Tensor) -> Tensor:
@@ -227,8 +228,8 @@ class GaussianVAE(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(total, recon, kl) of a batch, as `vae_loss`. The labels are not used.
 
-        With k = importance_samples > 1, total is -L_k (Burda et al. 2016; beta is not used), no
-        longer recon + kl, but less; recon and kl are the two terms of -ELBO all the same.
+        With k = importance_samples > 1, total is -L_k (for beta = 1; Burda et al. 2016), which is
+        less than recon + kl; recon and kl are the two terms of -ELBO all the same.
         """
         if self.importance_samples == 1:
             x_logits, mu, logvar = self(images)
@@ -236,7 +237,7 @@ class GaussianVAE(nn.Module):
         mu, logvar = self.encode(images)
         shape = (self.importance_samples, *mu.shape)
         epsilon = torch.randn(shape, dtype=mu.dtype, device=mu.device)
-        log_w, recon = log_weights(self, images, mu, logvar, epsilon)
+        log_w, recon = log_weights(self, images, mu, logvar, epsilon, beta)
         kl = kl_divergence_gaussian(mu, logvar)
         return -importance_weighted_bound(log_w).sum(), recon.mean(dim=0).sum(), kl.sum()
 

@@ -206,6 +206,19 @@ def test_no_more_than_a_chunk_is_in_memory_whatever_the_batch(monkeypatch):
 # ------------------------------------------------------------------- as an objective
 
 
+@given(st.floats(0, 4))
+def test_beta_weighs_the_ratio_of_prior_and_posterior(beta):
+    """log w = recon and ratio, of which the mean over draws is -KL."""
+    model = LinearGaussian(shift=0.5, stretch=1.2)
+    x = model.draw(2)
+    mu, logvar = model.encode(x)
+    epsilon = torch.randn(20_000, *mu.shape, dtype=mu.dtype)
+    log_w, recon = log_weights(model, x, mu, logvar, epsilon, beta)
+    mean, error = mean_and_error(log_w + recon)
+    kl = kl_divergence_gaussian(mu, logvar)
+    assert ((mean + beta * kl).abs() <= 5 * error + 1e-9).all()
+
+
 def test_one_importance_sample_is_the_vae():
     torch.manual_seed(1)
     model, x = VAE(hidden_dim=20), torch.rand(5, 1, 28, 28)
@@ -214,28 +227,29 @@ def test_one_importance_sample_is_the_vae():
     assert total == recon + kl
 
 
-def test_the_gradient_is_that_of_every_draw_weighted_by_its_weight():
+@pytest.mark.parametrize("beta", [1.0, 0.3])
+def test_the_gradient_is_that_of_every_draw_weighted_by_its_weight(beta):
     """Burda et al. 2016, eq. 14: sum_i w~_i grad log w_i, the w~_i summing to 1; by autograd
     through one draw at a time, at the same noise."""
     model, k = VAE(input_dim=9, hidden_dim=5, latent_dim=2).double(), 6
     x = torch.rand(4, 9).round().double()
     model.importance_samples = k
     torch.manual_seed(5)
-    total, recon, kl = model.loss(x, None)
+    total, recon, kl = model.loss(x, None, beta)
     gradients = torch.autograd.grad(total, list(model.parameters()))
     torch.manual_seed(5)
     epsilon = torch.randn(k, 4, 2, dtype=x.dtype)
     expected = [torch.zeros_like(p) for p in model.parameters()]
     for image in range(4):
         q = model.encode(x[image : image + 1])
-        log_w, _ = log_weights(model, x[image : image + 1], *q, epsilon[:, image : image + 1])
+        log_w, _ = log_weights(model, x[image : image + 1], *q, epsilon[:, image : image + 1], beta)
         for weight, one in zip(log_w.softmax(dim=0).detach(), log_w):
             parts = torch.autograd.grad(-one, list(model.parameters()), retain_graph=True)
             expected = [sum_ + weight * part for sum_, part in zip(expected, parts)]
     for gradient, by_hand in zip(gradients, expected):
         torch.testing.assert_close(gradient, by_hand)
     assert kl == kl_divergence_gaussian(*model.encode(x)).sum()
-    assert total < recon + kl + 1e-9 or k == 1
+    assert total < recon + beta * kl
 
 
 def test_a_latent_is_active_if_its_mean_moves():

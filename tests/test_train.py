@@ -537,8 +537,6 @@ def test_model_and_dataset_follow_each_other():
         (["--model", "conv", "--hidden-dim", "200"], ["--hidden-dim", "mlp", "conv"]),
         (["--hidden-layers", "0"], ["--hidden-layers", "0"]),
         (["--dataset", "faces", "--binarize"], ["--binarize", "faces"]),
-        (["--importance-samples", "5", "--beta", "4"], ["--importance-samples", "--beta"]),
-        (["--importance-samples", "5", "--kl-anneal", "4"], ["--kl-anneal"]),
         (["--model", "ae", "--importance-samples", "5"], ["ae", "one code"]),
         (["--evaluate", "nothing"], ["nothing", "is missing"]),
         (["--evaluate", "nothing", "--beta", "4"], ["--beta", "--evaluate"]),

@@ -123,10 +123,10 @@ def main(argv: list[str] | None = None) -> None:
 
     argv = sys.argv[1:] if argv is None else argv
     args = train.parse_args(argv, __doc__)
-    if args.model != "mlp" or args.beta != 1:
+    if args.evaluate is not None or args.model != "mlp" or args.beta != 1 or args.binarize:
         raise train.UserError(
             "ae.py trains --model ae and mlp with --beta 1 on grey images of 28 x 28: leave out "
-            "--model and --beta, and --dataset celeba and faces"
+            "--model, --beta, --binarize and --evaluate, and --dataset celeba and faces"
         )
     taken = [f"{args.out}/{name}" for name in ("ae", "mlp") if args.out and not args.resume]
     for folder in filter(os.path.exists, taken):

@@ -97,7 +97,7 @@ class Batches:
         order = torch.randperm(n, device=device) if self.shuffle else torch.arange(n, device=device)
         for index in order.split(self.batch_size):
             images = self.images.index_select(0, index).float().div_(255)
-            if self.binarize:  # rand < p, four times as fast as torch.bernoulli
+            if self.binarize:  # rand < p, several times as fast as torch.bernoulli
                 images = (torch.rand_like(images) < images).float()
             yield images, self.labels.index_select(0, index)
 

@@ -11,7 +11,8 @@
     python train.py --evaluate runs/long          its log p(x), by importance sampling
 
 A run is a folder: config.json (what was asked), history.csv (a row an epoch, nats per
-image; for ae and --recon mse squared errors), checkpoint.pt (the model), and the figures of viz.py.
+image; for ae and --recon mse squared errors), checkpoint.pt (the model), and the figures of viz.py;
+after --evaluate also evaluation.json and bounds.png.
 """
 
 import argparse
@@ -33,8 +34,8 @@ import torch.nn as nn
 from ae import Autoencoder
 from data import DATASETS, DRAWN, PROJECT_DATA, Batches, DataUnavailable, Split, UserError
 from data import binarize_once, load_dataset, show_status, write_atomically
-from vae import VAE, CelebAVAE, ConvVAE, active_units, bce_from_logits, draw_log_weights
-from vae import importance_weighted_bound, squared_error
+from vae import ACTIVATIONS, VAE, CelebAVAE, ConvVAE, active_units, bce_from_logits
+from vae import draw_log_weights, importance_weighted_bound, squared_error
 
 MODELS = {"ae": Autoencoder, "mlp": VAE, "conv": ConvVAE, "celeba": CelebAVAE}
 RECON_LOSSES = {"bce": bce_from_logits, "mse": squared_error}
@@ -47,7 +48,7 @@ RUN_FILES = ("config.json", "checkpoint.pt")
 # What decides a run's numbers; --resume insists that none of it has changed.
 SETTINGS = (
     "model", "dataset", "binarize", "train_images", "test_images",
-    "latent_dim", "hidden_dim", "hidden_layers",
+    "latent_dim", "hidden_dim", "hidden_layers", "activation",
     "beta", "kl_anneal", "recon", "importance_samples",
     "batch_size", "lr", "lr_schedule", "seed",
 )
@@ -111,9 +112,9 @@ def kl_weight(epoch: int, kl_anneal: int) -> float:
 def learning_rate(epoch: int, epochs: int, lr: float, schedule: str) -> float:
     """The learning rate of an epoch, counted from 1.
 
-    constant: lr. cosine: half a period of the cosine, from lr in the first epoch to almost 0
-    after the last (Loshchilov & Hutter 2017, without restarts): noise that keeps the weights
-    from settling dies away.
+    constant: lr. cosine: half a period of the cosine, from lr in the first epoch towards 0,
+    which it would reach one epoch after the last (Loshchilov & Hutter 2017, without restarts):
+    the noise that keeps the weights from settling dies away.
     """
     if schedule == "constant":
         return lr
@@ -146,8 +147,8 @@ def progress(batches: Batches, epoch: int, epochs: int) -> Iterator:
 
 def build_model(settings: dict) -> nn.Module:
     """The model that the SETTINGS ask for; a size of None keeps the architecture's own."""
-    sizes = {key: settings[key] for key in ("latent_dim", "hidden_dim", "hidden_layers")}
-    sizes = {key: size for key, size in sizes.items() if size is not None}
+    keys = ("latent_dim", "hidden_dim", "hidden_layers", "activation")
+    sizes = {key: settings[key] for key in keys if settings[key] is not None}
     model = MODELS[settings["model"]](**sizes)
     model.recon_loss = RECON_LOSSES[settings["recon"]]
     model.importance_samples = settings["importance_samples"]
@@ -260,7 +261,7 @@ class Parser(argparse.ArgumentParser):
 
 def run_cli(
     main: Callable[[], object],
-    to_go_on: str = "--resume goes on with a run that has an --out",
+    to_go_on: str = "--resume goes on with the training of a run that has an --out",
 ) -> NoReturn:
     """Run a script: a user's error becomes one line on stderr and exit status 2.
 
@@ -275,8 +276,13 @@ def run_cli(
     except OSError as error:
         reason = error.strerror or error
         message = f"{error.filename}: {reason}" if error.filename else str(reason)
-    except torch.OutOfMemoryError:
-        message = "the GPU's memory is full: take a smaller --batch-size or --latent-dim"
+    except RuntimeError as error:  # of the CPU's memory torch has no exception of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
+            raise
+        message = (
+            "the memory is full: take a smaller --batch-size, --importance-samples, "
+            "--hidden-dim or --latent-dim"
+        )
     except KeyboardInterrupt:
         print(f"\ninterrupted; {to_go_on}", file=sys.stderr)
         sys.exit(130)
@@ -313,6 +319,8 @@ def parse_args(argv: list[str] | None, description: str = __doc__) -> argparse.N
         help="units in each hidden layer of mlp (default: 400)")
     add("--hidden-layers", type=number(int, 1, 100), metavar="N",
         help="hidden layers in the encoder of mlp, and in its decoder (default: 1)")
+    add("--activation", choices=ACTIVATIONS,
+        help="what follows each hidden layer of mlp (default: relu)")
     add("--beta", type=number(float, 0), default=1.0, metavar="B",
         help="weight of the KL in the loss: 1 is the VAE, more a beta-VAE (default: 1)")
     add("--kl-anneal", type=number(int, 0), default=0, metavar="N",
@@ -334,7 +342,7 @@ def parse_args(argv: list[str] | None, description: str = __doc__) -> argparse.N
         "the network; without --fallback that is an error")
     add("--binarize", action="store_true",
         help="make every pixel 0 or 1 at random, 1 with its grey value as the probability: anew in "
-        "every batch for training, once for testing")
+        "every batch for training, once, from seed 0, for testing")
     add("--limit", type=number(int, 1), metavar="N",
         help="train on the first N training images only")
     add("--skip-broken", action="store_true",
@@ -359,7 +367,7 @@ def parse_args(argv: list[str] | None, description: str = __doc__) -> argparse.N
         help="folder of the run (default: a new one, runs/DATASET-MODEL...)")
     add("--resume", action="store_true",
         help="go on with the run in --out after its last finished epoch, or begin it; "
-        "takes the options that it was begun with, or a larger --epochs")
+        "takes the options that it was begun with, or a larger --epochs (but not with cosine)")
     add = parser.add_argument_group("evaluation, instead of training").add_argument
     add("--evaluate", metavar="RUN",
         help="estimate log p(x) of the binarized test images under the model of this run, a "
@@ -367,11 +375,11 @@ def parse_args(argv: list[str] | None, description: str = __doc__) -> argparse.N
     add("--num-samples", type=number(int, 1, 10**6), default=5000, metavar="K",
         help="draws of z for each image (default: 5000)")
     args = parser.parse_args(argv)
-    if args.evaluate:
+    if args.evaluate is not None:
         takes = ("evaluate", "num_samples", "data_dir", "device", "seed")
-        given = [key for key in vars(args) if vars(args)[key] != parser.get_default(key)]
-        for key in set(given).difference(takes):
-            parser.error(f"--{key.replace('_', '-')} is for training, not for --evaluate")
+        for key, value in vars(args).items():
+            if key not in takes and value != parser.get_default(key):
+                parser.error(f"--{key.replace('_', '-')} is for training, not for --evaluate")
         return args
     if args.num_samples != parser.get_default("num_samples"):
         parser.error("--num-samples is for --evaluate; --importance-samples is for training")
@@ -393,12 +401,18 @@ def parse_args(argv: list[str] | None, description: str = __doc__) -> argparse.N
         parser.error(f"--binarize is for grey images, not for {args.dataset}")
     if args.model == "mlp":
         args.hidden_dim, args.hidden_layers = args.hidden_dim or 400, args.hidden_layers or 1
-    elif args.hidden_dim or args.hidden_layers:
-        parser.error(f"--hidden-dim and --hidden-layers are for --model mlp, not {args.model}")
+        args.activation = args.activation or "relu"
+    elif args.hidden_dim or args.hidden_layers or args.activation:
+        parser.error(
+            "--hidden-dim, --hidden-layers and --activation are for --model mlp, "
+            f"not {args.model}"
+        )
     if args.recon is None:
         args.recon = "mse" if args.model == "ae" else "bce"
     if args.model == "ae" and (args.beta != 1 or args.kl_anneal):
         parser.error("--beta and --kl-anneal weigh the KL, and --model ae has none")
+    if args.importance_samples > 1 and args.beta != 1:
+        parser.error("--importance-samples is for --beta 1: no other has such a bound")
     if args.model == "ae" and (args.recon != "mse" or args.importance_samples > 1):
         parser.error("--model ae is trained on the squared error only, --recon mse, of one code")
     return args
@@ -433,7 +447,7 @@ def load_or_fall_back(args: argparse.Namespace) -> tuple[str, tuple[Split, Split
         return args.fallback, load_dataset(args.fallback, root)
 
 
-def load_test_split(folder: Path, config: dict, data_dir: str | None) -> Split:
+def load_test_split(folder: str | Path, config: dict, data_dir: str | None) -> Split:
     """The test images of the run in folder, as they are on disk: not binarized."""
     _, test = load_dataset(config["dataset"], find_data_dir(data_dir), skip_broken=True)
     if len(test.images) != config["test_images"]:
@@ -445,7 +459,7 @@ def load_test_split(folder: Path, config: dict, data_dir: str | None) -> Split:
 
 
 def train_run(args: argparse.Namespace) -> tuple:
-    """Train, evaluate and save one run, an epoch at a time.
+    """Train, test and save one run, an epoch at a time.
 
     Returns the arguments of viz.draw_run: (folder, model, config, history, test_loader,
     factors of the test images).
@@ -471,6 +485,7 @@ def train_run(args: argparse.Namespace) -> tuple:
         "latent_dim": model.latent_dim,
         "hidden_dim": args.hidden_dim,
         "hidden_layers": args.hidden_layers,
+        "activation": args.activation,
         "beta": args.beta,
         "kl_anneal": args.kl_anneal,
         "recon": args.recon,
@@ -489,6 +504,7 @@ def train_run(args: argparse.Namespace) -> tuple:
     name += f"-{args.model}"
     if args.model == "mlp" and (args.hidden_layers, args.hidden_dim) != (1, 400):
         name += f"-{args.hidden_layers}x{args.hidden_dim}"
+    name += "-tanh" if args.activation == "tanh" else ""
     name += f"-beta{args.beta:g}" if args.beta != 1 else ""
     name += f"-anneal{args.kl_anneal}" if args.kl_anneal else ""
     name += f"-iwae{args.importance_samples}" if args.importance_samples > 1 else ""
@@ -515,13 +531,17 @@ def train_run(args: argparse.Namespace) -> tuple:
         file.write(json.dumps(config, indent=2).encode() + b"\n")
     if checkpoint:
         save_run(folder, config, model, optimizer, history)
+        if len(history) < args.epochs:  # these would soon be of another model
+            for stale in ("evaluation.json", "bounds.png"):
+                (folder / stale).unlink(missing_ok=True)
 
     images, labels, _ = train_split
     train_loader = Batches(
         images.to(device), labels.to(device), args.batch_size, shuffle=True, binarize=args.binarize
     )
     images, labels, factors = test_split
-    test_loader = Batches(images.to(device), labels.to(device), batch_size=1000)
+    test_batch = max(1, 1000 // args.importance_samples)  # as many draws, whatever K
+    test_loader = Batches(images.to(device), labels.to(device), test_batch)
     print(
         f"{args.model} with {config['parameters']:,} parameters on {dataset}, "
         f"{len(train_split.images):,} + {len(test_split.images):,} images, {config['device']}. "
@@ -566,11 +586,12 @@ def train_run(args: argparse.Namespace) -> tuple:
 
 @torch.no_grad()
 def evaluate(model: nn.Module, loader: Iterable, num_samples: int) -> dict:
-    """The bounds L_k of log p(x), k from 1 (the ELBO) to num_samples (next to log p(x) itself).
+    """The bounds L_k of log p(x), k from 1 (the ELBO) to num_samples (close to log p(x) itself).
 
     loader: any iterable of (images, labels), pixels 0 or 1; model: in evaluation mode, on their
     device. Means over the images, in nats. The spread of L_k is the standard deviation of its
-    estimates for one and the same image; None if there are fewer than ten.
+    estimates for one and the same image, as a root mean square over the images; None where an
+    image has only one estimate.
     """
     start = time.monotonic()
     sizes = [k for k in BOUND_SIZES if k < num_samples] + [num_samples]
@@ -582,13 +603,14 @@ def evaluate(model: nn.Module, loader: Iterable, num_samples: int) -> dict:
             # L_k from the first k draws, from the next k, and so on
             groups = [log_w[: len(log_w) // k * k].view(-1, k).T for k in sizes]
             estimates = [importance_weighted_bound(group) for group in groups]
-            pairs = [(e.mean(), e.std(correction=0)) for e in estimates]
-            moments.append(torch.tensor(pairs))
+            mean = torch.stack([e.mean() for e in estimates])
+            variance = torch.stack([e.var(correction=min(1, len(e) - 1)) for e in estimates])
+            moments.append(torch.stack([mean, variance]))
         show_status(f"{len(moments):,} images, {time.monotonic() - start:.0f} s")
     show_status("")
     bounds = [
-        {"k": k, "bound": bound, "spread": spread if 10 * k <= num_samples else None}
-        for k, (bound, spread) in zip(sizes, torch.stack(moments).mean(dim=0).tolist())
+        {"k": k, "bound": bound, "spread": variance**0.5 if 2 * k <= num_samples else None}
+        for k, bound, variance in zip(sizes, *torch.stack(moments).double().mean(dim=0).tolist())
     ]
     elbo, log_p_x = bounds[0]["bound"], bounds[-1]["bound"]
     return {
@@ -604,8 +626,9 @@ def evaluate(model: nn.Module, loader: Iterable, num_samples: int) -> dict:
 
 
 def evaluate_run(args: argparse.Namespace) -> Path:
-    """Evaluate the run args.evaluate on all binarized test images, the same draw of them for
-    every run; print it, write evaluation.json and draw it. Returns the folder.
+    """Evaluate the run args.evaluate on all binarized test images, the same draw of them (seed 0)
+    for every run; args.seed is for the draws of z. Print it, write evaluation.json and draw it.
+    Returns the folder.
 
     Whatever the pixels were in training, here the decoder's output is the mean of Bernoulli pixels.
     """
@@ -626,16 +649,20 @@ def evaluate_run(args: argparse.Namespace) -> Path:
         flush=True,
     )
     torch.manual_seed(args.seed)
-    result = evaluate(model.to(device), loader, args.num_samples)
+    # channels-last: convolutions are a quarter faster so, on the CPU
+    model.to(device, memory_format=torch.channels_last)
+    result = evaluate(model, loader, args.num_samples)
     if not math.isfinite(result["neg_elbo"]):
-        raise UserError(f"{folder}: its model gives images that are no numbers; train another")
-    result |= {"seed": args.seed, "notice": config["notice"]}
+        raise UserError(f"{folder}: the model's outputs are not finite; train it again")
+    result |= {
+        "epochs": len(checkpoint["history"]), "seed": args.seed, "notice": config["notice"]
+    }
     with write_atomically(folder / "evaluation.json") as file:
         file.write(json.dumps(result, indent=2).encode() + b"\n")
 
     from viz import visualize_bounds  # viz.py stands on this file; only here does it look up
 
-    visualize_bounds({folder.name: result}, folder / "bounds.png")
+    visualize_bounds({str(folder): result}, folder / "bounds.png")
     print(
         f"-ELBO {result['neg_elbo']:.2f}  -log p(x) {result['neg_log_likelihood']:.2f}  gap "
         f"{result['gap']:.2f} nats per image  active units {result['active_units']} of "
@@ -650,7 +677,7 @@ def evaluate_run(args: argparse.Namespace) -> Path:
 def main(argv: list[str] | None = None) -> Path:
     """Train and draw one run, or evaluate it. Returns its folder."""
     args = parse_args(argv)
-    if args.evaluate:
+    if args.evaluate is not None:
         return evaluate_run(args)
     run = train_run(args)
     folder, config = run[0], run[2]

@@ -113,10 +113,10 @@ def log_weights(
     """The logarithms of the importance weights w_i = p(x|z_i) p(z_i) / q(z_i|x).
 
     x: (batch, ...), q(z|x) by its mu and logvar: (batch, latent_dim); epsilon: noise from
-    N(0, I), (k, batch, latent_dim), for the draws z_i = mu + sigma epsilon_i. Returns
-    log w and, of it, -log p(x|z): both (k, batch), nats. The mean of w over draws
-    from q is p(x), and the mean of log w is the ELBO. A beta other than 1 weighs
-    log p(z) / q(z|x), whose mean is -KL, as it weighs the KL in `vae_loss`.
+    N(0, I), (k, batch, latent_dim), for the draws z_i = mu + sigma epsilon_i. Returns log w,
+    and -log p(x|z), which is a part of it: both (k, batch), nats. Over draws from q the
+    expectation of w is p(x), that of log w is the ELBO. A beta other than 1 (KL annealing)
+    weighs log p(z) / q(z|x), whose expectation is -KL, as it weighs the KL in `vae_loss`.
     """
     z = mu + torch.exp(0.5 * logvar) * epsilon
     x = x.expand(len(epsilon), *x.shape).flatten(0, 1)  # as many copies as draws
@@ -130,15 +130,15 @@ def importance_weighted_bound(log_w: Tensor) -> Tensor:
     """log( 1/k sum_i w_i ) of every image: (k, batch) -> (batch,), nats.
 
     Its expectation L_k (Burda et al. 2016, eq. 8) is the ELBO for k = 1, never falls as k
-    grows, and goes to log p(x). logsumexp takes the largest log w out of the sum,
-    for exp(log w) itself, at e^-90 and less, would be 0.
+    grows, and goes to log p(x). logsumexp takes the largest log w out of the sum, for
+    exp(log w) itself is 0 in float32 below e^-104, and images are less probable than that.
     """
     return torch.logsumexp(log_w, dim=0) - math.log(len(log_w))
 
 
 @torch.no_grad()
 def draw_log_weights(
-    model: nn.Module, x: Tensor, num_samples: int, chunk_size: int = 1000
+    model: nn.Module, x: Tensor, num_samples: int, chunk_size: int = 500
 ) -> Tensor:
     """log w of num_samples draws from q(z|x) of one image x, (1, ...): (num_samples, 1), nats.
 
@@ -151,12 +151,13 @@ def draw_log_weights(
 
 
 def log_likelihood(
-    model: nn.Module, x: Tensor, num_samples: int, chunk_size: int = 1000
+    model: nn.Module, x: Tensor, num_samples: int, chunk_size: int = 500
 ) -> Tensor:
     """Estimate log p(x) of every image from num_samples draws: (batch, ...) -> (batch,), nats.
 
     On average it is too low (it is the bound L_k), the less so the more draws; in the
-    literature 5,000 is usual. Image by image, so memory does not grow with the batch.
+    literature 5,000 is usual. Image by image, so memory does not grow with the batch. Put
+    the model in evaluation mode.
     """
     log_w = (draw_log_weights(model, image[None], num_samples, chunk_size) for image in x)
     return torch.cat([importance_weighted_bound(image_log_w) for image_log_w in log_w])
@@ -165,16 +166,21 @@ def log_likelihood(
 def active_units(mu: Tensor) -> int:
     """How many latents the encoder uses: those whose mean varies by more than 0.01 between
     images, Var_x(mu_j) > 0.01 (Burda et al. 2016, section 5). mu: (n, latent_dim)."""
-    return int((mu.var(dim=0) > 0.01).sum())
+    return int((mu.var(dim=0, correction=0) > 0.01).sum())
 
 
 # ------------------------------------------------------------------- the networks
 
 
-def hidden_stack(input_dim: int, hidden_dim: int, hidden_layers: int) -> nn.Sequential:
-    """input_dim -> hidden_dim -> ... -> hidden_dim, a ReLU after each layer."""
+ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
+
+
+def hidden_stack(
+    input_dim: int, hidden_dim: int, hidden_layers: int, activation: str
+) -> nn.Sequential:
+    """input_dim -> hidden_dim -> ... -> hidden_dim, an activation after each layer."""
     sizes = [input_dim] + hidden_layers * [hidden_dim]
-    layers = [(nn.Linear(a, b), nn.ReLU()) for a, b in zip(sizes, sizes[1:])]
+    layers = [(nn.Linear(a, b), ACTIVATIONS[activation]()) for a, b in zip(sizes, sizes[1:])]
     return nn.Sequential(*(module for layer in layers for module in layer))
 
 
@@ -187,9 +193,10 @@ class VAEEncoder(nn.Module):
         hidden_dim: int = 400,
         latent_dim: int = 20,
         hidden_layers: int = 1,
+        activation: str = "relu",
     ):
         super().__init__()
-        self.hidden = hidden_stack(input_dim, hidden_dim, hidden_layers)
+        self.hidden = hidden_stack(input_dim, hidden_dim, hidden_layers, activation)
         self.fc_mu = nn.Linear(hidden_dim, latent_dim)
         self.fc_logvar = nn.Linear(hidden_dim, latent_dim)
 
@@ -228,8 +235,8 @@ class GaussianVAE(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(total, recon, kl) of a batch, as `vae_loss`. The labels are not used.
 
-        With k = importance_samples > 1, total is -L_k (for beta = 1; Burda et al. 2016), which is
-        less than recon + kl; recon and kl are the two terms of -ELBO all the same.
+        With k = importance_samples > 1, total is one estimate of -L_k (for beta = 1; Burda et al.
+        2016), on average no more than recon + kl, which are the terms of -ELBO all the same.
         """
         if self.importance_samples == 1:
             x_logits, mu, logvar = self(images)
@@ -253,9 +260,11 @@ class GaussianVAE(nn.Module):
 
 
 class VAE(GaussianVAE):
-    """The MLP VAE (chapter 2.4): 784 -> 400 -> 20 -> 400 -> 784; hidden_layers can be more.
+    """The MLP VAE (chapter 2.4): 784 -> 400 -> 20 -> 400 -> 784 by default.
 
-    Takes images of any shape with input_dim values, returns them flat.
+    With hidden_layers = 2 there are two layers of hidden_dim on either side of the code; the
+    activation is one of ACTIVATIONS. Takes images of any shape with input_dim values, returns
+    them flat.
     """
 
     def __init__(
@@ -264,11 +273,12 @@ class VAE(GaussianVAE):
         hidden_dim: int = 400,
         latent_dim: int = 20,
         hidden_layers: int = 1,
+        activation: str = "relu",
     ):
         super().__init__()
         self.latent_dim = latent_dim
-        self.encoder = VAEEncoder(input_dim, hidden_dim, latent_dim, hidden_layers)
-        self.decoder = hidden_stack(latent_dim, hidden_dim, hidden_layers)
+        self.encoder = VAEEncoder(input_dim, hidden_dim, latent_dim, hidden_layers, activation)
+        self.decoder = hidden_stack(latent_dim, hidden_dim, hidden_layers, activation)
         self.decoder_fc = nn.Linear(hidden_dim, input_dim)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:

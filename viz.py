@@ -189,7 +189,7 @@ def visualize_bounds(evaluations: dict[str, dict], path: str | Path) -> None:
     """The bound L_k of log p(x) against k: from the ELBO, k = 1, to the estimate of all draws.
 
     evaluations: name -> what train.evaluate_run has measured. Lines are means over the images;
-    bands are the standard deviation of an estimate from k draws, for one and the same image.
+    bands are one spread to either side (see `train.evaluate`).
     """
     figure = Figure(figsize=(5.4, 3.4), layout="constrained")
     axes = figure.subplots()
@@ -407,11 +407,11 @@ def read_evaluation(folder: str | Path) -> dict:
     path = Path(folder) / "evaluation.json"
     try:
         evaluation = json.loads(path.read_bytes())
-        [(point["k"], point["bound"], point["spread"]) for point in evaluation["bounds"]]
+        [p["k"] + p["bound"] + (p["spread"] or 0) for p in evaluation["bounds"]][0]
         evaluation["notice"]
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: run train.py --evaluate {folder} first") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"{path}: is damaged; run train.py --evaluate {folder} again") from error
     return evaluation
 
@@ -425,7 +425,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data-dir", metavar="DIR", help="as for train.py")
     args = parser.parse_args(argv)
     if args.beside:
-        evaluations = {Path(run).name: read_evaluation(run) for run in [args.run, *args.beside]}
+        evaluations = {run: read_evaluation(run) for run in [args.run, *args.beside]}
         visualize_bounds(evaluations, Path(args.run) / "bounds.png")
         print(f"bounds.png drawn in {args.run}")
         return
@@ -436,7 +436,7 @@ def main(argv: list[str] | None = None) -> None:
     test_loader = Batches(images, test.labels, batch_size=1000)
     draw_run(args.run, model, config, checkpoint["history"], test_loader, test.factors)
     if (Path(args.run) / "evaluation.json").exists():
-        evaluations = {Path(args.run).name: read_evaluation(args.run)}
+        evaluations = {args.run: read_evaluation(args.run)}
         visualize_bounds(evaluations, Path(args.run) / "bounds.png")
     print(f"figures drawn in {args.run}")
 

@@ -20,6 +20,7 @@ sys.path[:0] = [str(PROJECT), str(PROJECT / "exercises")]
 
 import data  # noqa: E402
 import train  # noqa: E402
+import viz  # noqa: E402
 
 # No time limit for an example: a busy machine is not a failure. Always the same
 # examples: the code under test may only fail when it has changed.
@@ -76,6 +77,12 @@ def digits_root(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("digits")
     data.load_dataset("digits", root)
     return root
+
+
+@pytest.fixture
+def no_figures(monkeypatch):
+    """Do not draw, which takes longer than to train on so few images."""
+    monkeypatch.setattr(viz, "draw_run", lambda *args: None)
 
 
 def overfit(model, images: torch.Tensor, steps: int, beta: float = 1.0) -> list[float]:

@@ -29,12 +29,6 @@ FIGURES = {"training.png", "reconstruction.png", "samples.png", "interpolation.p
 
 
 @pytest.fixture
-def no_figures(monkeypatch):
-    """Do not draw, which takes longer than to train on so few images."""
-    monkeypatch.setattr(viz, "draw_run", lambda *args: None)
-
-
-@pytest.fixture
 def loader(drawn):
     return Batches(drawn.images[:500], drawn.labels[:500], batch_size=64)
 
@@ -291,12 +285,15 @@ def test_binarized_runs_train_on_fresh_draws_and_test_on_a_fixed_one(
 @pytest.mark.usefixtures("no_figures")
 def test_the_networks_size_is_that_of_the_options(tmp_path, mnist_root):
     options = ["--hidden-dim", 200, "--hidden-layers", 2, "--latent-dim", 50]
+    options += ["--activation", "tanh"]
     run_train("--out", tmp_path / "run", *options, "--importance-samples", 3, root=mnist_root)
     model, checkpoint = train.load_run(tmp_path / "run")
     layers = [(784, 200), (200, 200), (200, 50), (200, 50), (50, 200), (200, 200), (200, 784)]
     assert [tuple(p.T.shape) for p in model.parameters() if p.dim() == 2] == layers
     assert checkpoint["config"]["parameters"] == sum(a * b + b for a, b in layers)
     assert model.importance_samples == 3
+    hidden = [type(module).__name__ for module in (*model.encoder.hidden, *model.decoder)]
+    assert hidden == 4 * ["Linear", "Tanh"]
     for row in checkpoint["history"]:
         assert row["test_loss"] < row["test_recon"] + row["test_kl"]
 
@@ -536,9 +533,12 @@ def test_model_and_dataset_follow_each_other():
         (["--model", "celeba", "--fallback", "digits"], ["--model celeba", "digits"]),
         (["--model", "conv", "--hidden-dim", "200"], ["--hidden-dim", "mlp", "conv"]),
         (["--hidden-layers", "0"], ["--hidden-layers", "0"]),
+        (["--model", "ae", "--activation", "tanh"], ["--activation", "mlp", "ae"]),
         (["--dataset", "faces", "--binarize"], ["--binarize", "faces"]),
         (["--model", "ae", "--importance-samples", "5"], ["ae", "one code"]),
+        (["--importance-samples", "5", "--beta", "4"], ["--importance-samples", "--beta 1"]),
         (["--evaluate", "nothing"], ["nothing", "is missing"]),
+        (["--evaluate", ""], ["config.json", "is missing"]),
         (["--evaluate", "nothing", "--beta", "4"], ["--beta", "--evaluate"]),
         (["--num-samples", "50"], ["--num-samples", "--evaluate"]),
     ],
@@ -665,5 +665,6 @@ def test_help_explains_every_option():
     assert result.returncode == 0
     for option in ("model", "dataset", "beta", "latent-dim", "epochs", "batch-size", "lr", "seed",
                    "device", "data-dir", "fallback", "out", "resume", "binarize", "hidden-dim",
-                   "hidden-layers", "importance-samples", "lr-schedule", "evaluate", "num-samples"):
+                   "hidden-layers", "activation", "importance-samples", "lr-schedule", "evaluate",
+                   "num-samples"):
         assert f"--{option}" in result.stdout

@@ -138,7 +138,7 @@ def importance_weighted_bound(log_w: Tensor) -> Tensor:
 
 @torch.no_grad()
 def draw_log_weights(
-    model: nn.Module, x: Tensor, num_samples: int, chunk_size: int = 500
+    model: nn.Module, x: Tensor, num_samples: int, chunk_size: int = 250
 ) -> Tensor:
     """log w of num_samples draws from q(z|x) of one image x, (1, ...): (num_samples, 1), nats.
 
@@ -151,7 +151,7 @@ def draw_log_weights(
 
 
 def log_likelihood(
-    model: nn.Module, x: Tensor, num_samples: int, chunk_size: int = 500
+    model: nn.Module, x: Tensor, num_samples: int, chunk_size: int = 250
 ) -> Tensor:
     """Estimate log p(x) of every image from num_samples draws: (batch, ...) -> (batch,), nats.
 

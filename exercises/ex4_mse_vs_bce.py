@@ -7,10 +7,10 @@ The squared error SE = ||x - x'||^2 is a likelihood, too: Gaussian pixels of one
 
     -log p(x|z) = SE / (2 s^2) + D/2 log(2 pi s^2)        (D pixels)
 
-so minimising SE + beta * KL is the ELBO for s^2 = beta / 2, whatever one had in mind: the plain
-squared error says s = 0.71, on pixels between 0 and 1. A mean over the pixels in place of the sum
-is another such choice. The best s^2 for a set of images is the mean of their SE / D; with it put
-in, the mean of -log p(x|z) is
+so minimising SE + beta * KL is maximising the ELBO for s^2 = beta / 2, whatever one had in mind:
+the plain squared error says s = 0.71, on pixels between 0 and 1. A mean over the pixels in place of
+the sum is another such choice. The best s^2 for a set of images is the mean of their SE / D; with
+it put in, the mean of -log p(x|z) is
 
     D/2 (log(2 pi s^2) + 1)                              (s^2 = mean SE / D)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import hypothesis.strategies as st
 import pytest
 import torch
-from conftest import PROJECT, assert_user_error, run_here, run_script
+from conftest import assert_user_error, run_here, run_script
 from hypothesis import given
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -391,24 +391,24 @@ def test_resume_refuses_another_run(tmp_path, mnist_root):
 def test_fallback_is_said_everywhere_and_never_silent(tmp_path, digits_root, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(data.IDX_MIRRORS, "mnist", ["http://127.0.0.1:9/"])
-    arguments = ["--data-dir", digits_root, "--epochs", 1, "--batch-size", 1000]
+    arguments = ["--data-dir", digits_root, "--epochs", 1, "--limit", 2000]
     refused = run_here(train.main, *arguments, "--dataset", "mnist")
     assert_user_error(refused, "mnist", "cannot be downloaded", "--dataset digits")
     assert not (tmp_path / "runs").exists()
 
-    result = run_script("train.py", *arguments, "--fallback", "digits", cwd=tmp_path)
+    result = run_here(train.main, *arguments, "--fallback", "digits")
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert any(line.startswith("*** MNIST IS NOT AVAILABLE") for line in lines)
     assert lines[-1] == "*** REMEMBER: these are the BUILT-IN DIGITS, NOT MNIST. ***"
-    folder = tmp_path / "runs" / "digits-instead-of-mnist-mlp"
+    folder = tmp_path / "runs" / "digits-instead-of-mnist-mlp-first2000"
     config = json.loads((folder / "config.json").read_text())
     assert config["dataset"] == "digits" and config["notice"] == "built-in digits, not mnist"
     assert {path.name for path in folder.iterdir()} >= FILES | FIGURES
 
     # Going on with it under its own name does not launder it.
-    options = ["--data-dir", digits_root, "--out", folder, "--batch-size", 1000]
-    again = run_here(train.main, *options, "--resume", "--dataset", "digits", "--epochs", 1)
+    options = [*arguments, "--out", folder, "--resume", "--dataset", "digits"]
+    again = run_here(train.main, *options)
     assert again.stdout.splitlines()[-1].startswith("*** REMEMBER")
     assert json.loads((folder / "config.json").read_text()) == config
 
@@ -661,7 +661,7 @@ def test_ae_script_trains_both_and_draws_them(tmp_path, mnist_root):
 
 
 def test_help_explains_every_option():
-    result = run_script("train.py", "--help", cwd=PROJECT)
+    result = run_here(train.main, "--help")
     assert result.returncode == 0
     for option in ("model", "dataset", "beta", "latent-dim", "epochs", "batch-size", "lr", "seed",
                    "device", "data-dir", "fallback", "out", "resume", "binarize", "hidden-dim",

@@ -330,8 +330,8 @@ def parse_args(argv: list[str] | None, description: str = __doc__) -> argparse.N
         help="reconstruction loss, summed over the pixels: bce, of Bernoulli pixels, or mse, the "
         "squared error, which is of Gaussian ones with variance beta / 2 (default: bce; ae: mse)")
     add("--importance-samples", type=number(int, 1, 10**6), default=1, metavar="K",
-        help="train on the importance-weighted bound of K draws of z, which is an IWAE "
-        "(default: 1, the VAE)")
+        help="train on the importance-weighted bound L_K of K draws of z, which makes an IWAE; "
+        "the losses are -L_K then (default: 1, the VAE)")
     add = parser.add_argument_group("data").add_argument
     add("--dataset", choices=DATASETS,
         help="mnist and fashion-mnist are downloaded once, celeba you put there yourself (see "

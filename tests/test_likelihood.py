@@ -410,3 +410,20 @@ def test_an_evaluation_needs_the_images_of_its_run(run, mnist_root, tmp_path):
     result = run_here(train.main, "--evaluate", wrong, "--data-dir", mnist_root)
     assert_user_error(result, "tested on 299 images", "--data-dir")
     assert not (wrong / "evaluation.json").exists()
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_testing_decodes_no_more_images_at_a_time_however_many_draws(
+    mnist_root, tmp_path, monkeypatch
+):
+    """Or the test would need K times the memory of training."""
+    sizes = []
+    monkeypatch.setattr(
+        train, "test_epoch",
+        lambda model, loader, *args: sizes.append(loader.batch_size) or (0.0, 0.0, 0.0),
+    )
+    for samples in (1, 50, 2000):
+        options = ["--limit", "20", "--epochs", "1", "--importance-samples", str(samples)]
+        options += ["--batch-size", "1", "--hidden-dim", "2", "--data-dir", str(mnist_root)]
+        train.main([*options, "--out", str(tmp_path / str(samples))])
+    assert sizes == [1000, 20, 1]

@@ -648,7 +648,7 @@ def test_ae_script_trains_both_and_draws_them(tmp_path, mnist_root):
     assert "autoencoder mean" in result.stdout
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"mnist-ae", "mnist-mlp"}
     assert (tmp_path / "runs" / "mnist-mlp" / "ae-vs-vae.png").is_file()
-    for option in (("--model", "conv"), ("--beta", 4)):
+    for option in (("--model", "conv"), ("--beta", 4), ("--binarize",), ("--evaluate", "x")):
         assert_user_error(run_here(ae.main, *option), option[0])
     (tmp_path / "x" / "mlp").mkdir(parents=True)
     result = run_here(ae.main, "--data-dir", mnist_root, "--out", tmp_path / "x")
@@ -664,3 +664,16 @@ def test_help_explains_every_option():
                    "hidden-layers", "activation", "importance-samples", "lr-schedule", "evaluate",
                    "num-samples"):
         assert f"--{option}" in result.stdout
+
+
+def test_full_memory_ends_in_one_line_and_other_errors_keep_their_traceback(monkeypatch):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(train, "train_run", fail)
+    full = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"
+    for error in (RuntimeError(full), torch.OutOfMemoryError("CUDA out of memory")):
+        assert_user_error(run_here(train.main), "memory is full", "--batch-size")
+    error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="mat1"):
+        train.run_cli(lambda: train.main([]))

@@ -9,6 +9,7 @@
     python train.py --out runs/long --epochs 50 --resume      begin it, or go on with it
     python train.py --binarize --importance-samples 5         an IWAE, on binary pixels
     python train.py --evaluate runs/long          its log p(x), by importance sampling
+    torchrun --nproc_per_node=2 train.py          two processes (GPUs), half of every batch each
 
 A run is a folder: config.json (what was asked), history.csv (a row an epoch, nats per
 image; for ae and --recon mse squared errors), checkpoint.pt (the model), and the figures of viz.py;
@@ -16,6 +17,7 @@ after --evaluate also evaluation.json and bounds.png.
 """
 
 import argparse
+import atexit
 import csv
 import io
 import itertools
@@ -29,7 +31,9 @@ from pathlib import Path
 from typing import NoReturn
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ae import Autoencoder
 from data import DATASETS, DRAWN, PROJECT_DATA, Batches, DataUnavailable, Split, UserError
@@ -50,8 +54,11 @@ SETTINGS = (
     "model", "dataset", "binarize", "train_images", "test_images",
     "latent_dim", "hidden_dim", "hidden_layers", "activation",
     "beta", "kl_anneal", "recon", "importance_samples",
-    "batch_size", "lr", "lr_schedule", "seed",
+    "batch_size", "lr", "lr_schedule", "seed", "amp", "compile", "processes",
 )
+
+# torchrun starts several processes and tells each of them which it is, and of how many.
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 # ----------------------------------------------------------------------- the loop
@@ -73,17 +80,19 @@ def train_epoch(
     model.train()
     sums, count = torch.zeros(3, dtype=torch.float64, device=device), 0
     for images, labels in train_loader:
-        images, labels = images.to(device), labels.to(device)
+        batch_size = len(images)
+        images, labels = share(images).to(device), share(labels).to(device)
         total, recon, kl = model.loss(images, labels, beta)
         optimizer.zero_grad()
         # The mean over the batch of the sum over pixels and latents. A mean over the
         # pixels too would shrink recon, but not the KL: as if beta were 784.
-        (total / len(images)).backward()
+        # (Several processes average their gradients, so a sum is divided by a mean share.)
+        (total / (batch_size / PROCESSES)).backward()
         optimizer.step()
         # Summed on the device: an .item() here would make a GPU wait in every step.
         sums += torch.stack([total, recon, kl]).detach()
-        count += len(images)
-    return tuple((sums / count).tolist())
+        count += batch_size
+    return mean_over_processes(sums, count)
 
 
 @torch.no_grad()
@@ -94,10 +103,10 @@ def test_epoch(
     model.eval()
     sums, count = torch.zeros(3, dtype=torch.float64, device=device), 0
     for images, labels in test_loader:
-        images, labels = images.to(device), labels.to(device)
-        sums += torch.stack(model.loss(images, labels, beta))
         count += len(images)
-    return tuple((sums / count).tolist())
+        images, labels = share(images).to(device), share(labels).to(device)
+        sums += torch.stack(model.loss(images, labels, beta))
+    return mean_over_processes(sums, count)
 
 
 def kl_weight(epoch: int, kl_anneal: int) -> float:
@@ -140,6 +149,68 @@ def progress(batches: Batches, epoch: int, epochs: int) -> Iterator:
                 f"{(now - start) / step * steps_left:.0f} s left"
             )
     show_status("")
+
+
+# ------------------------------------------------- faster, and on several processes
+
+
+def prepare(model: nn.Module, device: torch.device, amp: bool, compile: bool) -> None:
+    """Put the model on the device and change how its loss is computed, but not its weights."""
+    model.to(device, memory_format=torch.channels_last)  # a fifth off convolutions, on the CPU
+    if amp:
+        model.encode = in_bfloat16(model.encode, device.type)
+        model.decode_logits = in_bfloat16(model.decode_logits, device.type)
+    if compile:
+        # eager mode's random numbers, so that a seed means the same; on a GPU, CUDA graphs
+        options = {"fallback_random": True, "triton.cudagraphs": True}
+        model.loss = torch.compile(model.loss, options=options)
+    if PROCESSES > 1:
+        wrapped = nn.Module()  # DistributedDataParallel takes a module, and calls its forward
+        wrapped.model, wrapped.forward = model, model.loss
+        model.loss = DistributedDataParallel(wrapped).forward
+
+
+def in_bfloat16(network: Callable, device_type: str) -> Callable:
+    """The network with its products in bfloat16 (8 bits of precision, the range of float32);
+    what it returns is float32 again, for the losses."""
+    network = torch.autocast(device_type, torch.bfloat16)(network)
+
+    def call(x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        result = network(x)
+        return tuple(map(torch.Tensor.float, result)) if type(result) is tuple else result.float()
+
+    return call
+
+
+def join_processes(device: torch.device) -> None:
+    """Under torchrun, meet the other processes. Only the first of them prints, writes and draws."""
+    if PROCESSES > 1 and not dist.is_initialized():
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
+        if RANK > 0:
+            sys.stdout = open(os.devnull, "w")
+
+
+def share(batch: torch.Tensor) -> torch.Tensor:
+    """This process's part of a batch of them all: every PROCESSES-th image, from RANK on."""
+    return batch[RANK::PROCESSES]
+
+
+def with_own_noise(batches: Iterable) -> Iterator:
+    """The batches. All processes draw their order by one seed, and then noise of their own."""
+    for step, batch in enumerate(batches):
+        if RANK > 0 and step == 0:
+            torch.manual_seed(torch.initial_seed() + RANK)
+        yield batch
+
+
+def mean_over_processes(sums: torch.Tensor, count: int) -> tuple[float, ...]:
+    """The sums of all processes, divided by the count of images of them all."""
+    if PROCESSES > 1:
+        dist.all_reduce(sums)
+    return tuple((sums / count).tolist())
 
 
 # ------------------------------------------------------------------- runs on disk
@@ -192,6 +263,8 @@ def save_run(
     history: list[dict],
 ) -> None:
     """Write checkpoint.pt, then history.csv, each whole or not at all."""
+    if RANK > 0:
+        return
     checkpoint = {
         "config": config,
         "history": history,
@@ -276,13 +349,16 @@ def run_cli(
     except OSError as error:
         reason = error.strerror or error
         message = f"{error.filename}: {reason}" if error.filename else str(reason)
-    except RuntimeError as error:  # of the CPU's memory torch has no exception of its own
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
+    except RuntimeError as error:  # for these two torch has no public exceptions of their own
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate" in str(error):
+            message = (
+                "the memory is full: take a smaller --batch-size, --importance-samples, "
+                "--hidden-dim or --latent-dim"
+            )
+        elif "C++ compiler" in str(error):
+            message = "--compile needs a C++ compiler: install one, such as g++, or leave it out"
+        else:
             raise
-        message = (
-            "the memory is full: take a smaller --batch-size, --importance-samples, "
-            "--hidden-dim or --latent-dim"
-        )
     except KeyboardInterrupt:
         print(f"\ninterrupted; {to_go_on}", file=sys.stderr)
         sys.exit(130)
@@ -362,6 +438,13 @@ def parse_args(argv: list[str] | None, description: str = __doc__) -> argparse.N
         help="the same seed gives the same numbers on the same CPU (default: 0)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto",
         help="auto takes the GPU if there is one (default: auto)")
+    add("--amp", action="store_true",
+        help="the networks' products in bfloat16, the losses in float32: pays on a CPU that has "
+        "bfloat16 instructions, and on a GPU for conv and celeba")
+    add("--compile", action="store_true",
+        help="have torch.compile write code for the loss and its gradient, which takes a minute "
+        "and a C++ compiler: hardly pays on a CPU; meant for a GPU, on which the many small "
+        "operations of a step are then launched as one (CUDA graphs)")
     add = parser.add_argument_group("output").add_argument
     add("--out", metavar="DIR",
         help="folder of the run (default: a new one, runs/DATASET-MODEL...)")
@@ -421,7 +504,9 @@ def parse_args(argv: list[str] | None, description: str = __doc__) -> argparse.N
 def find_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: PyTorch finds no CUDA GPU here; use --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
 
 def find_data_dir(option: str | None) -> Path:
@@ -465,6 +550,7 @@ def train_run(args: argparse.Namespace) -> tuple:
     factors of the test images).
     """
     device = find_device(args.device)
+    join_processes(device)
     dataset, (train_split, test_split) = load_or_fall_back(args)
 
     limited = args.limit is not None and args.limit < len(train_split.images)
@@ -495,6 +581,9 @@ def train_run(args: argparse.Namespace) -> tuple:
         "lr": args.lr,
         "lr_schedule": args.lr_schedule,
         "seed": args.seed,
+        "amp": args.amp,
+        "compile": args.compile,
+        "processes": PROCESSES,
         "parameters": sum(p.numel() for p in model.parameters()),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "torch": str(torch.__version__),
@@ -511,7 +600,10 @@ def train_run(args: argparse.Namespace) -> tuple:
     name += "-mse" if args.recon == "mse" and args.model != "ae" else ""
     name += f"-latent{args.latent_dim}" if args.latent_dim else ""
     name += f"-first{args.limit}" if limited else ""
-    folder = open_run(args.out, args.resume, name)
+    found = [open_run(args.out, args.resume, name) if RANK == 0 else None]
+    if PROCESSES > 1:
+        dist.broadcast_object_list(found)
+    folder = found[0]
     checkpoint, history = None, []
     if args.resume and (folder / "checkpoint.pt").exists():
         model, checkpoint = load_run(folder)
@@ -523,12 +615,13 @@ def train_run(args: argparse.Namespace) -> tuple:
             )
         history = checkpoint["history"]
         config = checkpoint["config"] | {"epochs": max(args.epochs, len(history))}
-    model.to(device)
+    prepare(model, device, args.amp, args.compile)
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
-    with write_atomically(folder / "config.json") as file:
-        file.write(json.dumps(config, indent=2).encode() + b"\n")
+    if RANK == 0:
+        with write_atomically(folder / "config.json") as file:
+            file.write(json.dumps(config, indent=2).encode() + b"\n")
     if checkpoint:
         save_run(folder, config, model, optimizer, history)
         if len(history) < args.epochs:  # these would soon be of another model
@@ -552,7 +645,7 @@ def train_run(args: argparse.Namespace) -> tuple:
         start = time.monotonic()
         # Every epoch has a seed of its own, so a resumed run draws the same numbers.
         torch.manual_seed(args.seed + 1_000_003 * epoch)
-        batches = progress(train_loader, epoch, args.epochs)
+        batches = with_own_noise(progress(train_loader, epoch, args.epochs))
         beta = args.beta * kl_weight(epoch, args.kl_anneal)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(epoch, args.epochs, args.lr, args.lr_schedule)
@@ -561,7 +654,7 @@ def train_run(args: argparse.Namespace) -> tuple:
         seconds = time.monotonic() - start
         if not all(map(math.isfinite, train + test)):
             if not history:  # there is no run to keep
-                (folder / "config.json").unlink()
+                (folder / "config.json").unlink(missing_ok=True)
             raise UserError(
                 f"{folder}: in epoch {epoch} the loss is no longer finite (train {train[0]:g}, "
                 f"test {test[0]:g}); try a smaller --lr. Epochs kept: {len(history)}"
@@ -681,6 +774,8 @@ def main(argv: list[str] | None = None) -> Path:
         return evaluate_run(args)
     run = train_run(args)
     folder, config = run[0], run[2]
+    if RANK > 0:
+        return folder
 
     from viz import draw_run  # see evaluate_run
 

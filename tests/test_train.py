@@ -662,7 +662,7 @@ def test_help_explains_every_option():
     for option in ("model", "dataset", "beta", "latent-dim", "epochs", "batch-size", "lr", "seed",
                    "device", "data-dir", "fallback", "out", "resume", "binarize", "hidden-dim",
                    "hidden-layers", "activation", "importance-samples", "lr-schedule", "evaluate",
-                   "num-samples"):
+                   "num-samples", "amp", "compile"):
         assert f"--{option}" in result.stdout
 
 

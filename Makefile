@@ -43,7 +43,7 @@ exercises: .venv/ready  ## solve the exercises: under an hour; with QUICK=1 a gl
 test: .venv/ready  ## the tests: on the CPU, offline, under two minutes
 	$(RUN) -m pytest -q tests
 
-bench: .venv/ready  ## how fast faces are decoded, beside Pillow alone
+bench: .venv/ready  ## how fast it is, beside a plain loop and the bare products: 25 minutes
 	$(RUN) tests/bench.py
 
 clean:  ## remove .venv and caches; keeps data/ and runs/

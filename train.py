@@ -19,6 +19,7 @@ after --evaluate also evaluation.json and bounds.png.
 import argparse
 import atexit
 import csv
+import gc
 import io
 import itertools
 import json
@@ -670,7 +671,9 @@ def train_run(args: argparse.Namespace) -> tuple:
             f"test loss {test[0]:.2f} (recon {test[1]:.2f}, KL {test[2]:.2f})  {seconds:.1f} s",
             flush=True,
         )
-
+    if PROCESSES > 1:  # DistributedDataParallel must not outlive the others, or its threads abort
+        del model.loss
+        gc.collect()
     return folder, model, config, history, test_loader, factors
 
 

@@ -63,7 +63,7 @@ def ratio(a: list[float], b: list[float]) -> float:
 
 
 class PlainImages(Dataset):
-    """One image at a time, from an array to Pillow to a tensor: torchvision's MNIST and ToTensor."""
+    """One image at a time, by way of Pillow, as in torchvision's MNIST with ToTensor."""
 
     def __init__(self, images: torch.Tensor):
         self.images = images.permute(0, 2, 3, 1).squeeze(-1).numpy()
@@ -271,25 +271,27 @@ def runs() -> None:
         })
         print(
             f"ten epochs: ours, whole process, {statistics.median(found['ours']):.1f} s; the plain "
-            f"way, training loop alone (one epoch times 10), {statistics.median(found['plain']):.1f}"
-            f" s; ratio {ratio(found['ours'], found['plain']):.2f}"
+            "way, training loop alone (one epoch times 10), "
+            f"{statistics.median(found['plain']):.1f} s; "
+            f"ratio {ratio(found['ours'], found['plain']):.2f}"
         )
 
-        def seconds_an_epoch(**how) -> float:
-            """By the difference of two whole processes, so that start and end do not count."""
-            few, many = (run("--model", "conv", "--epochs", n, "--limit", "20000", **how)
-                         for n in ("1", "3"))
-            return (many - few) / 2
+        def seconds_an_epoch(model: str, **how) -> float:
+            run("--model", model, "--epochs", "3", "--limit", "20000", **how)
+            out = max(Path(scratch).iterdir(), key=os.path.getctime)
+            return statistics.mean(row["seconds"] for row in train.load_run(out)[1]["history"][1:])
 
-        found = in_turns({
-            "one": seconds_an_epoch,
-            "two": lambda: seconds_an_epoch(launch=torchrun, threads=1),
-        })
-        print(
-            f"conv, 20,000 images: one process of {CORES} threads "
-            f"{statistics.median(found['one']):.1f} s an epoch, two of one thread "
-            f"{statistics.median(found['two']):.1f} s, ratio {ratio(found['two'], found['one']):.2f}"
-        )
+        for model in ("mlp", "conv"):
+            found = in_turns({
+                "one": lambda: seconds_an_epoch(model),
+                "two": lambda: seconds_an_epoch(model, launch=torchrun, threads=1),
+            })
+            print(
+                f"{model}, 20,000 images: one process of {CORES} threads "
+                f"{statistics.median(found['one']):.2f} s an epoch, two of one thread "
+                f"{statistics.median(found['two']):.2f} s, "
+                f"ratio {ratio(found['two'], found['one']):.2f}"
+            )
         peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
         print(f"peak memory of a process: {peak:,.0f} MB")
 

@@ -147,4 +147,4 @@ def main(argv: list[str] | None = None) -> None:
 if __name__ == "__main__":
     from train import run_cli
 
-    run_cli(main)
+    run_cli(main, "the same command with --resume and its --out, if it had one, goes on")

@@ -38,6 +38,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+import warnings
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -86,6 +87,8 @@ class Batches:
         shuffle: bool = False,
         binarize: bool = False,
     ):
+        if images.dtype != torch.uint8:  # so no image can hold a NaN
+            raise TypeError(f"images must be uint8, 0 to 255, and are {images.dtype}")
         self.images, self.labels = images, labels
         self.batch_size, self.shuffle, self.binarize = batch_size, shuffle, binarize
 
@@ -143,9 +146,17 @@ def writable_folder(folders: Iterable[Path]) -> Path:
     raise UserError(f"{folder}: cannot be written; name another place with --data-dir")
 
 
+def is_there(path: Path) -> bool:
+    """Whether a file is there; UserError if it is something else: a pipe would be read for ever."""
+    if path.exists() and not path.is_file():
+        raise UserError(f"{path}: is no regular file; put the file itself there")
+    return path.is_file()
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Wait until no other process is in here for this folder. One that is killed is out."""
+    """Wait until no other process is in here for this folder. One that is killed is out, and
+    what it has left half-written is removed."""
     descriptor = None
     with contextlib.suppress(ImportError, OSError):  # Windows and some network disks have none
         import fcntl
@@ -156,6 +167,8 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             print(f"waiting for another run that is at work in {folder}", flush=True)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
+        for leftover in folder.glob(".*.[0-9]*.part"):  # see write_atomically
+            leftover.unlink()
     try:
         yield
     finally:
@@ -188,7 +201,9 @@ IDX_CHECKSUMS = {
     },
 }
 DOWNLOAD_TIMEOUT = 15  # seconds without a byte, then the next mirror
+DOWNLOAD_SPEED = 1000  # bytes a second, on average, or else likewise
 DOWNLOAD_LIMIT = 64 << 20  # bytes; the largest of the files has 26 MB
+IDX_LIMIT = 1 << 30  # bytes, inflated; the largest has 47 MB
 
 
 def load_idx_dataset(name: str, root: Path) -> tuple[Split, Split]:
@@ -215,17 +230,17 @@ def load_idx_split(name: str, root: Path, prefix: str) -> Split:
 def find_idx_file(name: str, root: Path, stem: str) -> Path:
     """The path of an IDX file below root, plain or .gz; downloaded if it is not there."""
     for path in (root / name / stem, root / name / f"{stem}.gz"):
-        if path.is_file():
+        if is_there(path):
             return path
     reasons = []
     for mirror in IDX_MIRRORS[name]:
         try:
             content = download(f"{mirror}{stem}.gz", IDX_CHECKSUMS[name][stem])
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, ValueError) as error:
             reasons.append(f"{mirror.split('/')[2]}: {getattr(error, 'reason', error)}")
             continue
         path.parent.mkdir(parents=True, exist_ok=True)
-        with write_atomically(path) as file:
+        with locked(path.parent), write_atomically(path) as file:
             file.write(content)
         return path
     raise DataUnavailable(
@@ -235,16 +250,18 @@ def find_idx_file(name: str, root: Path, stem: str) -> Path:
 
 
 def download(url: str, checksum: str) -> bytes:
-    """The verified content of url; OSError or HTTPException if it cannot be had."""
+    """The verified content of url; OSError, HTTPException or ValueError if it cannot be had."""
     algorithm = "sha256" if len(checksum) == 64 else "md5"
-    content = bytearray()
+    content, start = bytearray(), time.monotonic()
     print(f"downloading {url}", flush=True)
     with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response:
-        size = int(response.headers.get("Content-Length") or 0)
-        while chunk := response.read(1 << 16):
+        size = response.length or 0
+        while chunk := response.read1(1 << 16):
             content += chunk
             if len(content) > DOWNLOAD_LIMIT:
                 raise OSError(f"sends more than {DOWNLOAD_LIMIT >> 20} MB")
+            if len(content) < (time.monotonic() - start - DOWNLOAD_TIMEOUT) * DOWNLOAD_SPEED:
+                raise OSError(f"sends less than {DOWNLOAD_SPEED} bytes a second")
             show_status(f"{len(content) / 1e6:.1f} of {size / 1e6:.1f} MB")
     show_status("")
     if hashlib.new(algorithm, content, usedforsecurity=False).hexdigest() != checksum:
@@ -272,11 +289,12 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
                 if magic[3] != ndim:
                     raise UserError(f"{path}: has {magic[3]} dimensions where {ndim} are expected")
                 shape = np.frombuffer(read_exactly(file, 4 * ndim), ">u4").tolist()
-                content = read_exactly(file, math.prod(shape))
+                size = math.prod(shape)
+                if size > IDX_LIMIT:
+                    raise UserError(f"{path}: declares {size:,} bytes, more than {IDX_LIMIT:,}")
+                content = read_exactly(file, size)
                 if file.read(1):  # reading to the end also verifies the gzip checksum
-                    raise UserError(
-                        f"{path}: goes on after the {math.prod(shape)} bytes that it declares"
-                    )
+                    raise UserError(f"{path}: goes on after the {size:,} bytes that it declares")
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: is damaged or cut short ({error}): fetch it again") from error
     return np.frombuffer(content, np.uint8).reshape(shape)
@@ -299,6 +317,8 @@ CELEBA_SPLITS = (162_770, 19_867, 19_962)  # training, validation, test images, 
 CELEBA_CACHE = "celeba-64x64.npy"
 JPEG_NAME = re.compile(r"\d{6}\.jpg")
 JPEG_LIMIT = 16 << 20  # bytes; those of CelebA have about 7,000
+PIXEL_LIMIT = 1 << 24  # those of CelebA have 178 x 218
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # about 5 times that limit
 DECODE_CHUNK = 64  # images a task
 
 
@@ -315,7 +335,7 @@ def load_celeba(root: Path, skip_broken: bool = False) -> tuple[Split, Split]:
     """
     folder = root / "celeba"
     source = folder / "img_align_celeba.zip"
-    if not source.exists():
+    if not is_there(source):
         source = folder / "img_align_celeba"
     if not source.exists():
         raise DataUnavailable(
@@ -387,8 +407,6 @@ def build_celeba_cache(
     path: Path, source: Path, lists: tuple[Path, Path], recipe: str, skip_broken: bool
 ) -> None:
     """Decode all images into the file at path, which appears whole or not at all."""
-    for leftover in path.parent.glob(f".{path.name}.*.part"):  # of a run that was killed
-        leftover.unlink()
     jpegs, read = list_folder(source) if source.is_dir() else list_zip(source)
     names = sorted(jpegs)
     if not names:
@@ -448,7 +466,8 @@ def write_npy_header(file: BinaryIO, n: int) -> None:
 
 def list_folder(path: Path) -> tuple[dict[str, str], Callable]:
     """The JPEGs of a folder, and a function that reads one: read(jpegs[name])."""
-    jpegs = {name: name for name in os.listdir(path) if JPEG_NAME.fullmatch(name)}
+    files = (entry for entry in os.scandir(path) if entry.is_file())
+    jpegs = {file.name: file.name for file in files if JPEG_NAME.fullmatch(file.name)}
     return jpegs, functools.partial(read_from_folder, path)
 
 
@@ -526,14 +545,16 @@ def decode_chunk(
 
 
 def decode_face(content: bytes) -> np.ndarray:
-    """The centre square of a JPEG, 148/178 of its width, as (3, 64, 64), uint8, RGB.
+    """The centre square of a picture, 148/178 of its width, as (3, 64, 64), uint8, RGB.
 
     Of CelebA's 178 x 218 pixels that is the usual crop to 148 x 148.
     """
     try:
-        image = Image.open(io.BytesIO(content), formats=["JPEG"])
+        image = Image.open(io.BytesIO(content), formats=["JPEG", "PNG"])  # PNGs are named .jpg, too
     except UnidentifiedImageError:
-        raise ValueError("it is no JPEG") from None
+        raise ValueError("it is no JPEG and no PNG") from None
+    if image.width * image.height > PIXEL_LIMIT:
+        raise ValueError(f"it declares {image.width} x {image.height} pixels")
     if image.mode != "RGB":  # or it would be copied, which takes as long as the resizing
         image = image.convert("RGB")
     side = min(image.width * 148 / 178, image.height)
@@ -578,7 +599,8 @@ def in_parallel(function: Callable, tasks: Iterable) -> Iterator:
 
 def start_worker() -> None:
     """In a new process: die of Ctrl-C at once, without a word, and whenever the parent dies."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
@@ -587,7 +609,7 @@ def start_worker() -> None:
 def read_partition(path: Path, names: list[str]) -> tuple[np.ndarray, list[str]]:
     """The part of each image: 0 training, 1 validation, 2 test; and what there is to say."""
     n = len(names)
-    if not path.exists():
+    if not is_there(path):
         official = n == sum(CELEBA_SPLITS)
         sizes = CELEBA_SPLITS if official else (n * 9 // 10, 0, n - n * 9 // 10)
         how = "at the official boundaries" if official else "9 to 1, in their order"
@@ -599,7 +621,7 @@ def read_partition(path: Path, names: list[str]) -> tuple[np.ndarray, list[str]]
 
 def read_attributes(path: Path, names: list[str]) -> tuple[list[str], np.ndarray, list[str]]:
     """The names of the attributes, (n, attributes) of 0 and 1, and what there is to say."""
-    if not path.exists():
+    if not is_there(path):
         return [], np.empty((len(names), 0), np.uint8), [f"{path} is missing: no attributes"]
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         count, attributes = file.readline().strip(), file.readline().split()
@@ -1039,7 +1061,8 @@ def load_drawn(name: str, root: Path) -> tuple[Split, Split]:
         images, labels, factors = draw(n_train + n_test, seed=0)
         arrays = {"images": images, "labels": labels, **factors}
         with contextlib.suppress(UserError, OSError):  # without a cache it is drawn every time
-            with write_atomically(writable_folder(places) / f"{name}.npz") as file:
+            folder = writable_folder(places)
+            with locked(folder), write_atomically(folder / f"{name}.npz") as file:
                 np.savez(file, recipe=recipe, **arrays)
 
     def split(part: slice) -> Split:

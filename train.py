@@ -16,8 +16,14 @@ image; for ae and --recon mse squared errors), checkpoint.pt (the model), and th
 after --evaluate also evaluation.json and bounds.png.
 """
 
+import signal
+
+if __name__ == "__main__":  # Ctrl-C amid the imports ends it without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import atexit
+import contextlib
 import csv
 import gc
 import io
@@ -25,8 +31,11 @@ import itertools
 import json
 import math
 import os
+import shlex
 import sys
 import time
+import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -38,7 +47,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ae import Autoencoder
 from data import DATASETS, DRAWN, PROJECT_DATA, Batches, DataUnavailable, Split, UserError
-from data import binarize_once, load_dataset, show_status, write_atomically
+from data import binarize_once, load_dataset, locked, show_status, write_atomically
 from vae import ACTIVATIONS, VAE, CelebAVAE, ConvVAE, active_units, bce_from_logits
 from vae import draw_log_weights, importance_weighted_bound, squared_error
 
@@ -49,7 +58,7 @@ COLOUR = ("celeba", "faces")  # 64 x 64 in colour; the other datasets are 28 x 2
 # evaluate measures the bounds L_k for these k, and for all draws together.
 BOUND_SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)
 
-RUN_FILES = ("config.json", "checkpoint.pt")
+RUN_FILES = ("config.json", "checkpoint.pt", "history.csv")
 # What decides a run's numbers; --resume insists that none of it has changed.
 SETTINGS = (
     "model", "dataset", "binarize", "train_images", "test_images",
@@ -59,7 +68,9 @@ SETTINGS = (
 )
 
 # torchrun starts several processes and tells each of them which it is, and of how many.
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+RANK, PROCESSES = 0, 1
+if "TORCHELASTIC_RUN_ID" in os.environ:
+    RANK, PROCESSES = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
 # ----------------------------------------------------------------------- the loop
@@ -76,11 +87,11 @@ def train_epoch(
 
     train_loader: any iterable of (images, labels), images float in [0, 1]. Returns the
     mean (loss, recon, kl) per image in the units of model.loss (nats), every batch
-    measured before its step.
+    measured before its step. Raises FloatingPointError if one of them is no longer finite.
     """
     model.train()
     sums, count = torch.zeros(3, dtype=torch.float64, device=device), 0
-    for images, labels in train_loader:
+    for step, (images, labels) in enumerate(train_loader, start=1):
         batch_size = len(images)
         images, labels = share(images).to(device), share(labels).to(device)
         total, recon, kl = model.loss(images, labels, beta)
@@ -90,10 +101,12 @@ def train_epoch(
         # (Several processes average their gradients, so a sum is divided by a mean share.)
         (total / (batch_size / PROCESSES)).backward()
         optimizer.step()
-        # Summed on the device: an .item() here would make a GPU wait in every step.
+        # Summed on the device, and seldom looked at: an .item() makes a GPU wait.
         sums += torch.stack([total, recon, kl]).detach()
         count += batch_size
-    return mean_over_processes(sums, count)
+        if PROCESSES == 1 and (step % 20 == 0 or not sums.is_cuda):
+            check_finite(sums, f"step {step}")
+    return mean_over_processes(sums, count, "training")
 
 
 @torch.no_grad()
@@ -107,7 +120,15 @@ def test_epoch(
         count += len(images)
         images, labels = share(images).to(device), share(labels).to(device)
         sums += torch.stack(model.loss(images, labels, beta))
-    return mean_over_processes(sums, count)
+    return mean_over_processes(sums, count, "the test")
+
+
+def check_finite(sums: torch.Tensor, where: str) -> None:
+    """FloatingPointError if a NaN or an infinity is, and so stays, in the sums of the terms."""
+    if not sums.isfinite().all():
+        terms = dict(zip(("loss", "recon", "KL"), sums.tolist()))
+        bad = (f"{name} is {value:g}" for name, value in terms.items() if not math.isfinite(value))
+        raise FloatingPointError(f"in {where} {', '.join(bad)}")
 
 
 def kl_weight(epoch: int, kl_anneal: int) -> float:
@@ -156,7 +177,7 @@ def progress(batches: Batches, epoch: int, epochs: int) -> Iterator:
 
 
 def prepare(model: nn.Module, device: torch.device, amp: bool, compile: bool) -> None:
-    """Put the model on the device and change how its loss is computed, but not its weights."""
+    """Put the model on the device and change how it is computed, but not its weights."""
     model.to(device, memory_format=torch.channels_last)  # a fifth off convolutions, on the CPU
     if amp:
         model.encode = in_bfloat16(model.encode, device.type)
@@ -207,10 +228,11 @@ def with_own_noise(batches: Iterable) -> Iterator:
         yield batch
 
 
-def mean_over_processes(sums: torch.Tensor, count: int) -> tuple[float, ...]:
-    """The sums of all processes, divided by the count of images of them all."""
+def mean_over_processes(sums: torch.Tensor, count: int, where: str) -> tuple[float, ...]:
+    """The sums of all processes, divided by the count of images of them all; see check_finite."""
     if PROCESSES > 1:
         dist.all_reduce(sums)
+    check_finite(sums, where)
     return tuple((sums / count).tolist())
 
 
@@ -233,27 +255,43 @@ def loss_unit(config: dict) -> str:
     return "nats per image" if config["recon"] == "bce" else "squared error per image, KL in nats"
 
 
-def open_run(out: str | None, resume: bool, name: str) -> Path:
-    """Make the folder of a run: out, or a new one in runs/. Never another run's."""
-    if out:
-        folder = Path(out)
-        if folder.is_file():
-            raise UserError(f"--out {folder}: is a file; name a folder")
+def new_folder(parent: Path, name: str) -> Path:
+    """Make the folder of this name; if it is taken, also by another process, name-2, name-3, ..."""
+    for number in itertools.count(1):
+        with contextlib.suppress(FileExistsError):
+            folder = parent / (name if number == 1 else f"{name}-{number}")
+            folder.mkdir()
+            return folder
+
+
+@contextlib.contextmanager
+def open_run(out: str | None, resume: bool, name: str) -> Iterator[Path]:
+    """The folder of a run: out, or a new one in runs/. Never another run's; others are kept out.
+
+    What cuts the run short is told how to go on with it.
+    """
+    folder = Path(out or "runs")
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file; name a folder with --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    if not out:
+        folder = new_folder(folder, name)
+    with locked(folder):
         if not resume and any((folder / name).exists() for name in RUN_FILES):
             raise UserError(
                 f"--out {folder}: holds a run already; add --resume to go on with it, "
                 "or name another folder"
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        return folder
-    Path("runs").mkdir(exist_ok=True)
-    for number in itertools.count(1):
-        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        to_go_on = f"the same command with --out {shlex.quote(str(folder))} --resume goes on"
         try:
-            folder.mkdir()
-            return folder
-        except FileExistsError:
-            continue
+            yield folder
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(to_go_on) from None
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(
+                f"{error.filename or folder}: {reason}. Saved epochs are kept: {to_go_on}"
+            ) from error
 
 
 def save_run(
@@ -263,9 +301,11 @@ def save_run(
     optimizer: torch.optim.Optimizer,
     history: list[dict],
 ) -> None:
-    """Write checkpoint.pt, then history.csv, each whole or not at all."""
+    """Write the RUN_FILES, each whole or not at all."""
     if RANK > 0:
         return
+    with write_atomically(folder / "config.json") as file:
+        file.write(json.dumps(config, indent=2).encode() + b"\n")
     checkpoint = {
         "config": config,
         "history": history,
@@ -290,7 +330,7 @@ def load_run(folder: str | Path) -> tuple[nn.Module, dict]:
 
     Raises UserError if a file is missing or damaged, or if they are not of one run.
     """
-    config_path, path = (Path(folder) / name for name in RUN_FILES)
+    config_path, path = Path(folder) / "config.json", Path(folder) / "checkpoint.pt"
     for file in (config_path, path):
         if not file.is_file():
             raise UserError(f"{file} is missing: {folder} holds no trained run")
@@ -298,19 +338,28 @@ def load_run(folder: str | Path) -> tuple[nn.Module, dict]:
         config = json.loads(config_path.read_bytes())
         config = {key: config[key] for key in SETTINGS}
         MODELS[config["model"]], RECON_LOSSES[config["recon"]]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{config_path}: is not a run's config.json, or of another version ({error!r})"
         ) from error
     try:
+        with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums in it
+            if damaged := archive.testzip():
+                raise ValueError(f"the checksum of {damaged} is wrong")
         # weights_only: a checkpoint from elsewhere must not be able to run code.
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         check_settings(path, checkpoint["config"], config)
         model = build_model(config)
         model.load_state_dict(checkpoint["model"])
-        # What the callers rely on must be there, too:
-        checkpoint["optimizer"], checkpoint["history"][-1], checkpoint["config"]["notice"]
-    except (UserError, OSError):
+        # What the callers rely on must be there and fit, too:
+        optimizer = torch.optim.Adam(model.parameters())
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        for parameter, state in optimizer.state.items():
+            torch.stack([parameter, state["exp_avg"], state["exp_avg_sq"]])
+        checkpoint["history"][-1]["test_loss"], checkpoint["config"]["notice"]
+    except UserError:
         raise
     except Exception as error:  # torch has many kinds for the many ways to be broken
         reason = " ".join(str(error).split())[:80]
@@ -333,14 +382,17 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; {self.prog} --help explains the options")
 
 
-def run_cli(
-    main: Callable[[], object],
-    to_go_on: str = "--resume goes on with the training of a run that has an --out",
-) -> NoReturn:
+def on_interrupt(handler: Callable | signal.Handlers) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, handler)
+
+
+def run_cli(main: Callable[[], object], to_go_on: str = "") -> NoReturn:
     """Run a script: a user's error becomes one line on stderr and exit status 2.
 
-    to_go_on: what to tell a user who has pressed Ctrl-C.
+    to_go_on: what to tell a user who has ended it by Ctrl-C or kill, if not what main says.
     """
+    on_interrupt(signal.default_int_handler)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path may hold what it cannot encode
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
@@ -350,23 +402,31 @@ def run_cli(
     except OSError as error:
         reason = error.strerror or error
         message = f"{error.filename}: {reason}" if error.filename else str(reason)
-    except RuntimeError as error:  # for these two torch has no public exceptions of their own
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate" in str(error):
+    except (RuntimeError, MemoryError) as error:  # for most of it torch has no public exception
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if full or "DefaultCPUAllocator" in str(error):
             message = (
                 "the memory is full: take a smaller --batch-size, --importance-samples, "
                 "--hidden-dim or --latent-dim"
             )
-        elif "C++ compiler" in str(error):
+        elif "compiler" in str(error).lower():
             message = "--compile needs a C++ compiler: install one, such as g++, or leave it out"
+        elif PROCESSES > 1 and "by peer" in str(error):
+            message = "another process has ended"
         else:
             raise
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; {to_go_on}", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        on_interrupt(signal.SIG_IGN)  # a second one must not cut the line
+        hint = to_go_on or str(interrupt) or "what was saved is kept"
+        print(f"\ninterrupted; {hint}", file=sys.stderr)
         sys.exit(130)
     else:
+        on_interrupt(signal.SIG_IGN)
         sys.exit(0)
+    on_interrupt(signal.SIG_IGN)
     show_status("")
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.stdout = None  # if it is what failed, a last flush would fail again, with a traceback
     sys.exit(2)
 
 
@@ -440,8 +500,8 @@ def parse_args(argv: list[str] | None, description: str = __doc__) -> argparse.N
     add("--device", choices=["auto", "cpu", "cuda"], default="auto",
         help="auto takes the GPU if there is one (default: auto)")
     add("--amp", action="store_true",
-        help="the networks' products in bfloat16, the losses in float32: pays on a CPU that has "
-        "bfloat16 instructions, and on a GPU for conv and celeba")
+        help="the networks' products in bfloat16, the losses in float32: pays on a processor that "
+        "has bfloat16 instructions")
     add("--compile", action="store_true",
         help="have torch.compile write code for the loss and its gradient, which takes a minute "
         "and a C++ compiler: hardly pays on a CPU; meant for a GPU, on which the many small "
@@ -460,6 +520,8 @@ def parse_args(argv: list[str] | None, description: str = __doc__) -> argparse.N
         help="draws of z for each image (default: 5000)")
     args = parser.parse_args(argv)
     if args.evaluate is not None:
+        if PROCESSES > 1:
+            parser.error("--evaluate runs in one process: leave torchrun out")
         takes = ("evaluate", "num_samples", "data_dir", "device", "seed")
         for key, value in vars(args).items():
             if key not in takes and value != parser.get_default(key):
@@ -507,7 +569,10 @@ def find_device(name: str) -> torch.device:
         raise UserError("--device cuda: PyTorch finds no CUDA GPU here; use --device cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    index = int(os.environ["LOCAL_RANK"]) if PROCESSES > 1 else 0
+    if index >= torch.cuda.device_count():
+        raise UserError(f"--nproc_per_node: there are {torch.cuda.device_count()} GPUs, not more")
+    return torch.device("cuda", index)
 
 
 def find_data_dir(option: str | None) -> Path:
@@ -601,10 +666,23 @@ def train_run(args: argparse.Namespace) -> tuple:
     name += "-mse" if args.recon == "mse" and args.model != "ae" else ""
     name += f"-latent{args.latent_dim}" if args.latent_dim else ""
     name += f"-first{args.limit}" if limited else ""
-    found = [open_run(args.out, args.resume, name) if RANK == 0 else None]
-    if PROCESSES > 1:
-        dist.broadcast_object_list(found)
-    folder = found[0]
+    with open_run(args.out, args.resume, name) if RANK == 0 else contextlib.nullcontext() as folder:
+        if PROCESSES > 1:
+            dist.broadcast_object_list(found := [folder])
+            folder = found[0]
+        return train_in(folder, args, config, model, device, train_split, test_split)
+
+
+def train_in(
+    folder: Path,
+    args: argparse.Namespace,
+    config: dict,
+    model: nn.Module,
+    device: torch.device,
+    train_split: Split,
+    test_split: Split,
+) -> tuple:
+    """Begin the run in the folder, or go on with it: `train_run`, once all is known."""
     checkpoint, history = None, []
     if args.resume and (folder / "checkpoint.pt").exists():
         model, checkpoint = load_run(folder)
@@ -620,9 +698,6 @@ def train_run(args: argparse.Namespace) -> tuple:
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
-    if RANK == 0:
-        with write_atomically(folder / "config.json") as file:
-            file.write(json.dumps(config, indent=2).encode() + b"\n")
     if checkpoint:
         save_run(folder, config, model, optimizer, history)
         if len(history) < args.epochs:  # these would soon be of another model
@@ -637,7 +712,7 @@ def train_run(args: argparse.Namespace) -> tuple:
     test_batch = max(1, 1000 // args.importance_samples)  # as many draws, whatever K
     test_loader = Batches(images.to(device), labels.to(device), test_batch)
     print(
-        f"{args.model} with {config['parameters']:,} parameters on {dataset}, "
+        f"{args.model} with {config['parameters']:,} parameters on {config['dataset']}, "
         f"{len(train_split.images):,} + {len(test_split.images):,} images, {config['device']}. "
         f"Losses: {loss_unit(config)}. Run: {folder}",
         flush=True,
@@ -650,16 +725,15 @@ def train_run(args: argparse.Namespace) -> tuple:
         beta = args.beta * kl_weight(epoch, args.kl_anneal)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(epoch, args.epochs, args.lr, args.lr_schedule)
-        train = train_epoch(model, batches, optimizer, device, beta)
-        test = test_epoch(model, test_loader, device, args.beta)
-        seconds = time.monotonic() - start
-        if not all(map(math.isfinite, train + test)):
-            if not history:  # there is no run to keep
-                (folder / "config.json").unlink(missing_ok=True)
+        try:
+            train = train_epoch(model, batches, optimizer, device, beta)
+            test = test_epoch(model, test_loader, device, args.beta)
+        except FloatingPointError as error:
             raise UserError(
-                f"{folder}: in epoch {epoch} the loss is no longer finite (train {train[0]:g}, "
-                f"test {test[0]:g}); try a smaller --lr. Epochs kept: {len(history)}"
-            )
+                f"{folder}: epoch {epoch}, {error}; try a new run with a smaller --lr, or a --beta "
+                f"nearer to 1. Epochs kept: {len(history)}"
+            ) from error
+        seconds = time.monotonic() - start
         row = {"epoch": epoch, "beta": beta}
         row |= zip(("train_loss", "train_recon", "train_kl"), train)
         row |= zip(("test_loss", "test_recon", "test_kl"), test)
@@ -671,7 +745,7 @@ def train_run(args: argparse.Namespace) -> tuple:
             f"test loss {test[0]:.2f} (recon {test[1]:.2f}, KL {test[2]:.2f})  {seconds:.1f} s",
             flush=True,
         )
-    if PROCESSES > 1:  # DistributedDataParallel must not outlive the others, or its threads abort
+    if PROCESSES > 1:  # if DistributedDataParallel is left to the exit, its threads may abort there
         del model.loss
         gc.collect()
     return folder, model, config, history, test_loader, factors

@@ -9,6 +9,7 @@ The functions take a model that is already trained, and the path of the PNG to w
 
 import json
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -31,6 +32,7 @@ ATTRIBUTES = {
 }
 DPI = 150
 matplotlib.rcParams["font.size"] = 8
+warnings.filterwarnings("ignore", "Glyph")  # the name of a folder may have letters without one
 
 
 # ------------------------------------------------------------------ shared pieces
@@ -194,7 +196,7 @@ def visualize_bounds(evaluations: dict[str, dict], path: str | Path) -> None:
     figure = Figure(figsize=(5.4, 3.4), layout="constrained")
     axes = figure.subplots()
     for name, evaluation in evaluations.items():
-        points = evaluation["bounds"]
+        name, points = name.replace("$", r"\$"), evaluation["bounds"]  # $ begins a formula
         line, = axes.plot(
             [p["k"] for p in points], [p["bound"] for p in points], ".-",
             label=f"{name}: {points[0]['bound']:.2f} to {points[-1]['bound']:.2f}",

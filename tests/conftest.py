@@ -4,6 +4,7 @@ import contextlib
 import gzip
 import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,20 @@ def write_mnist(root: Path, train: data.Split, test: data.Split) -> None:
         images, labels = split.images[:, 0].numpy(), split.labels.numpy()
         write_idx(root / "mnist" / f"{prefix}-images-idx3-ubyte.gz", images)
         write_idx(root / "mnist" / f"{prefix}-labels-idx1-ubyte", labels)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_attacks(request):
+    """A few tries of every attack of torture.py, beside the other tests, as they mostly wait."""
+    if not any(item.path.name == "test_torture.py" for item in request.session.items):
+        yield
+        return
+    command = [sys.executable, str(PROJECT / "tests" / "torture.py"), "--few"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        yield process
+        process.terminate()
 
 
 @pytest.fixture(autouse=True)
@@ -113,6 +128,7 @@ def run_here(main, *args) -> subprocess.CompletedProcess:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         with pytest.raises(SystemExit) as exit_:
             train.run_cli(lambda: main([str(arg) for arg in args]))
+    train.on_interrupt(signal.default_int_handler)  # or pytest could not be interrupted
     return subprocess.CompletedProcess(args, exit_.value.code, out.getvalue(), err.getvalue())
 
 

@@ -74,10 +74,10 @@ def test_damaged_gzip_is_refused(tmp_path, choice):
 
 
 def test_a_false_size_in_the_header_costs_no_memory(tmp_path):
-    header = bytes([0, 0, 8, 3]) + b"\xff" * 12  # 2^96 bytes, it says
-    (tmp_path / "a").write_bytes(header + bytes(100))
-    with pytest.raises(UserError, match="cut short"):
-        read_idx(tmp_path / "a", 3)
+    for sizes, message in ((b"\xff" * 12, "declares"), (b"\0\0\0\xff" * 3, "cut short")):
+        (tmp_path / "a").write_bytes(bytes([0, 0, 8, 3]) + sizes + bytes(100))
+        with pytest.raises(UserError, match=message):
+            read_idx(tmp_path / "a", 3)
 
 
 @pytest.mark.parametrize(
@@ -512,3 +512,8 @@ def test_shuffling_differs_from_pass_to_pass_and_follows_the_seed():
     first, second = (next(iter(loader))[1].tolist() for _ in range(2))
     torch.manual_seed(0)
     assert first != second and next(iter(loader))[1].tolist() == first
+
+
+def test_batches_take_bytes_only_which_cannot_be_nan():
+    with pytest.raises(TypeError, match="uint8"):
+        Batches(torch.full((2, 1, 28, 28), torch.nan), torch.zeros(2), 2)

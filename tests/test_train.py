@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -587,10 +588,10 @@ def test_an_exploding_loss_ends_in_one_line_and_keeps_the_last_good_epoch(tmp_pa
     checkpoint["model"]["decoder_fc.bias"][0] = math.inf
     torch.save(checkpoint, folder / "checkpoint.pt")
     options = ["--data-dir", mnist_root, "--out", folder, "--resume", "--epochs", 3]
-    assert_user_error(run_here(train.main, *options), "epoch 3", "--lr")
-    new = ["--data-dir", mnist_root, "--out", tmp_path / "new", "--lr", 1e9]
-    assert_user_error(run_here(train.main, *new), "epoch 1", "--lr")
-    assert not list((tmp_path / "new").iterdir())
+    assert_user_error(run_here(train.main, *options), "epoch 3, in step 1 ", "recon is", "--lr")
+    new = ["--data-dir", mnist_root, "--out", tmp_path / "new", "--epochs", 1]
+    assert_user_error(run_here(train.main, *new, "--lr", 1e9), "epoch 1, in step", "--lr")
+    assert run_here(train.main, *new).returncode == 0  # what has no epoch holds no run
     kept = train.load_run(folder)[1]
     assert len(kept["history"]) == 2 == len(read_history(folder))
     assert all(torch.equal(kept["model"][k], v) for k, v in checkpoint["model"].items())
@@ -677,3 +678,39 @@ def test_full_memory_ends_in_one_line_and_other_errors_keep_their_traceback(monk
     error = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
     with pytest.raises(RuntimeError, match="mat1"):
         train.run_cli(lambda: train.main([]))
+
+
+@pytest.mark.usefixtures("no_figures")
+def test_files_that_are_not_of_a_run_are_left_alone(tmp_path, mnist_root):
+    options = ["--data-dir", mnist_root, "--out", tmp_path, "--epochs", 1]
+    (tmp_path / "config.json").write_text("mine")
+    (tmp_path / ".notes.part").write_text("mine")
+    assert_user_error(run_here(train.main, *options), "holds a run already")
+    assert (tmp_path / "config.json").read_text() == "mine"
+    (tmp_path / "config.json").unlink()
+    (tmp_path / f".checkpoint.pt.{os.getpid()}.part").touch()  # of a run that was killed
+    assert run_here(train.main, *options).returncode == 0
+    assert [path.name for path in tmp_path.glob(".*")] == [".notes.part"]
+
+
+def test_more_processes_than_gpus_end_in_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(train, "PROCESSES", 3)
+    for rank in ("0", "1"):
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert train.find_device("auto") == torch.device("cuda", int(rank))
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(train.UserError, match="2 GPUs"):
+        train.find_device("auto")
+
+
+def test_an_interruption_says_how_to_go_on(capsys):
+    for hint, words in (("", "what was saved is kept"), ("--out x --resume", "--out x --resume")):
+        def interrupted(hint=hint):
+            raise KeyboardInterrupt(*filter(None, [hint]))
+
+        with pytest.raises(SystemExit) as end:
+            train.run_cli(interrupted)
+        train.on_interrupt(signal.default_int_handler)
+        assert end.value.code == 130 and capsys.readouterr().err == f"\ninterrupted; {words}\n"

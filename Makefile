@@ -43,10 +43,13 @@ exercises: .venv/ready  ## solve the exercises: under an hour; with QUICK=1 a gl
 test: .venv/ready  ## the tests: on the CPU, offline, under two minutes
 	$(RUN) -m pytest -q tests
 
+torture: .venv/ready  ## attack files, downloads and runs: 15 minutes
+	$(RUN) tests/torture.py
+
 bench: .venv/ready  ## how fast it is, beside a plain loop and the bare products: 25 minutes
 	$(RUN) tests/bench.py
 
 clean:  ## remove .venv and caches; keeps data/ and runs/
 	rm -rf .venv .pytest_cache .hypothesis __pycache__ */__pycache__
 
-.PHONY: help setup train-mnist train-mnist-2d train-conv train-celeba ae exercises test bench clean
+.PHONY: help setup train-mnist train-mnist-2d train-conv train-celeba ae exercises test torture bench clean

@@ -168,7 +168,7 @@ def floor(calls: list[Callable], images: int, batch_size: int) -> float:
 # ------------------------------------------------------------------------- the parts
 
 
-def steps(compiled: bool = False) -> None:
+def steps() -> None:
     print(
         f"\nimages a second, median of {TURNS} turns, and times the plain way (0 workers) in "
         "brackets\nmodel   batch          ours     --amp     plain  2 workers     floor  "

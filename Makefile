@@ -43,7 +43,7 @@ exercises: .venv/ready  ## solve the exercises: under an hour; with QUICK=1 a gl
 test: .venv/ready  ## the tests: on the CPU, offline, under two minutes
 	$(RUN) -m pytest -q tests
 
-torture: .venv/ready  ## attack files, downloads and runs: 15 minutes
+torture: .venv/ready  ## attack files, downloads and runs: 7 minutes
 	$(RUN) tests/torture.py
 
 bench: .venv/ready  ## how fast it is, beside a plain loop and the bare products: 25 minutes

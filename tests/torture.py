@@ -743,7 +743,7 @@ EXTREMES = [
     ("--importance-samples", "5", "--lr", "1e6"), ("--latent-dim", "1"), ("--beta", "1e9"),
     ("--batch-size", "0"), ("--lr", "nan"), ("--beta", "inf"), ("--latent-dim", "1000000"),
     ("--kl-anneal", "1000000"), ("--model", "ae", "--lr", "1e9"), ("--epochs", "0"),
-    ("--limit", "1"), ("--seed", "-1"), ("--hidden-layers", "100"), ("--lr", "-1"),
+    ("--limit", "1", "--lr", "1e9"), ("--seed", "-1"), ("--hidden-layers", "100"), ("--lr", "-1"),
 ]
 
 

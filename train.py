@@ -426,6 +426,8 @@ def run_cli(main: Callable[[], object], to_go_on: str = "") -> NoReturn:
     on_interrupt(signal.SIG_IGN)
     show_status("")
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     sys.stdout = None  # if it is what failed, a last flush would fail again, with a traceback
     sys.exit(2)
 

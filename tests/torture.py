@@ -764,8 +764,9 @@ def extreme(i: int, folder: Path) -> None:
             assert "in step" in ended.err or "in the test" in ended.err
             assert any(f"{term} is" in ended.err for term in ("loss", "recon", "KL"))
     else:
-        assert not ended.err and all(np.isfinite(list(row.values())).all()
-                                     for row in numbers(folder / "run"))
+        assert not ended.err
+    if (folder / "run" / "checkpoint.pt").exists():
+        assert all(np.isfinite(list(row.values())).all() for row in numbers(folder / "run"))
 
 
 def nan(i: int, folder: Path) -> None:
@@ -857,15 +858,15 @@ ATTACKS = {  # how often: in make torture, in make test
     no_idx_file: (20, 10),
     celeba_file: (400, 4),
     no_celeba_file: (30, 6),
-    download: (100, 10),
-    checkpoint: (540, 9),
+    download: (100, 6),
+    checkpoint: (540, 6),
     kill: (40, 1),
     interrupt: (40, 1),
-    saving: (20, 2),
+    saving: (20, 1),
     at_once: (20, 4),
-    extreme: (len(EXTREMES), 5),
-    nan: (30, 2),
-    surroundings: (16, 3),
+    extreme: (len(EXTREMES), 4),
+    nan: (30, 1),
+    surroundings: (16, 2),
 }
 
 

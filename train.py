@@ -364,7 +364,8 @@ def load_run(folder: str | Path) -> tuple[nn.Module, dict]:
     except Exception as error:  # torch has many kinds for the many ways to be broken
         reason = " ".join(str(error).split())[:80]
         raise UserError(f"{path}: is not a checkpoint that can be read ({reason} ...)") from error
-    return model.eval(), checkpoint
+    # channels-last as in training, where convolutions round otherwise
+    return model.to(memory_format=torch.channels_last).eval(), checkpoint
 
 
 def check_settings(path: Path, found: dict, expected: dict) -> None:
@@ -821,8 +822,7 @@ def evaluate_run(args: argparse.Namespace) -> Path:
         flush=True,
     )
     torch.manual_seed(args.seed)
-    # channels-last: convolutions are a quarter faster so, on the CPU
-    model.to(device, memory_format=torch.channels_last)
+    model.to(device)
     result = evaluate(model, loader, args.num_samples)
     if not math.isfinite(result["neg_elbo"]):
         raise UserError(f"{folder}: the model's outputs are not finite; train it again")

@@ -101,7 +101,8 @@ def train_epoch(
         # (Several processes average their gradients, so a sum is divided by a mean share.)
         (total / (batch_size / PROCESSES)).backward()
         optimizer.step()
-        # Summed on the device, and seldom looked at: an .item() makes a GPU wait.
+        # Summed on the device, and seldom looked at: an .item() makes a GPU wait. (One process
+        # of several must not stop alone; they look at the end of the epoch, when all know.)
         sums += torch.stack([total, recon, kl]).detach()
         count += batch_size
         if PROCESSES == 1 and (step % 20 == 0 or not sums.is_cuda):
@@ -701,7 +702,6 @@ def train_in(
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, fused=True)
     if checkpoint:
         optimizer.load_state_dict(checkpoint["optimizer"])
-    if checkpoint:
         save_run(folder, config, model, optimizer, history)
         if len(history) < args.epochs:  # these would soon be of another model
             for stale in ("evaluation.json", "bounds.png"):

@@ -47,7 +47,7 @@ def write_mnist(root: Path, train: data.Split, test: data.Split) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def few_attacks(request):
-    """A few tries of every attack of torture.py, beside the other tests, as they mostly wait."""
+    """A few tries of the attacks of torture.py, beside the other tests, as they mostly wait."""
     if not any(item.path.name == "test_torture.py" for item in request.session.items):
         yield
         return

@@ -1,4 +1,4 @@
-"""A few tries of every attack in torture.py; make torture makes them all."""
+"""A few tries of most attacks in torture.py; make torture makes them all."""
 
 
 def test_nothing_is_lost(few_attacks):

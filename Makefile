@@ -29,7 +29,7 @@ train-celeba: .venv/ready  ## the VAE of 64 x 64 faces on CelebA, or on drawn on
 	$(RUN) train.py --model celeba --fallback faces --batch-size 32 --epochs 6
 
 ae: .venv/ready  ## an autoencoder beside a VAE: what sampling needs
-	$(RUN) ae.py --dataset mnist --fallback digits
+	$(RUN) exercises/ex0_autoencoder.py --dataset mnist --fallback digits
 
 exercises: .venv/ready  ## solve the exercises: under an hour; with QUICK=1 a glance, small
 	$(RUN) exercises/ex1_beta_vae.py $(SMALL)

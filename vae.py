@@ -12,11 +12,9 @@ Everything here works with the negative ELBO, a loss to be minimised, in nats:
     total = recon + beta * KL        (beta = 1: -ELBO, estimated from one draw of z)
 
 Sources: Kingma & Welling 2013 (arXiv:1312.6114); Rezende, Mohamed & Wierstra
-2014 (arXiv:1401.4082); for beta, Higgins et al. 2017; for several draws of z,
-Burda, Grosse & Salakhutdinov 2016 (arXiv:1509.00519).
+2014 (arXiv:1401.4082); for beta, Higgins et al. 2017.
 """
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -85,12 +83,8 @@ def squared_error(x_logits: Tensor, x: Tensor) -> Tensor:
 
 
 def vae_loss(
-    x_logits: Tensor,
-    x: Tensor,
-    mu: Tensor,
-    logvar: Tensor,
-    beta: float = 1.0,
-    recon_loss: Callable[[Tensor, Tensor], Tensor] = bce_from_logits,
+    x_logits: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, beta: float = 1.0,
+    recon_loss: Callable[[Tensor, Tensor], Tensor] = bce_from_logits
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The negative ELBO, its KL weighted by beta: (total, recon, kl), summed over the batch.
 
@@ -104,118 +98,34 @@ def vae_loss(
     return recon + beta * kl, recon, kl
 
 
-# ------------------------------------------------- the likelihood, by importance sampling
-
-
-def log_weights(
-    model: nn.Module, x: Tensor, mu: Tensor, logvar: Tensor, epsilon: Tensor, beta: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """The logarithms of the importance weights w_i = p(x|z_i) p(z_i) / q(z_i|x).
-
-    x: (batch, ...), q(z|x) by its mu and logvar: (batch, latent_dim); epsilon: noise from
-    N(0, I), (k, batch, latent_dim), for the draws z_i = mu + sigma epsilon_i. Returns log w,
-    and -log p(x|z), which is a part of it: both (k, batch), nats. Over draws from q the
-    expectation of w is p(x), that of log w is the ELBO. A beta other than 1 (KL annealing)
-    weighs log p(z) / q(z|x), whose expectation is -KL, as it weighs the KL in `vae_loss`.
-    """
-    z = mu + torch.exp(0.5 * logvar) * epsilon
-    x = x.expand(len(epsilon), *x.shape).flatten(0, 1)  # as many copies as draws
-    recon = model.recon_loss(model.decode_logits(z.flatten(0, 1)), x).view(epsilon.shape[:2])
-    # log p(z) - log q(z|x), in which the two -1/2 log 2 pi cancel
-    log_ratio = 0.5 * (epsilon.pow(2) + logvar - z.pow(2)).sum(dim=2)
-    return beta * log_ratio - recon, recon
-
-
-def importance_weighted_bound(log_w: Tensor) -> Tensor:
-    """log( 1/k sum_i w_i ) of every image: (k, batch) -> (batch,), nats.
-
-    Its expectation L_k (Burda et al. 2016, eq. 8) is the ELBO for k = 1, never falls as k
-    grows, and goes to log p(x). logsumexp takes the largest log w out of the sum, for
-    exp(log w) itself is 0 in float32 below e^-104, and images are less probable than that.
-    """
-    return torch.logsumexp(log_w, dim=0) - math.log(len(log_w))
-
-
-@torch.no_grad()
-def draw_log_weights(
-    model: nn.Module, x: Tensor, num_samples: int, chunk_size: int = 250
-) -> Tensor:
-    """log w of num_samples draws from q(z|x) of one image x, (1, ...): (num_samples, 1), nats.
-
-    At most chunk_size draws are decoded at a time. Put the model in evaluation mode.
-    """
-    mu, logvar = model.encode(x)
-    epsilon = torch.randn(num_samples, *mu.shape, dtype=mu.dtype, device=mu.device)
-    parts = epsilon.split(chunk_size)
-    return torch.cat([log_weights(model, x, mu, logvar, part)[0] for part in parts])
-
-
-def log_likelihood(
-    model: nn.Module, x: Tensor, num_samples: int, chunk_size: int = 250
-) -> Tensor:
-    """Estimate log p(x) of every image from num_samples draws: (batch, ...) -> (batch,), nats.
-
-    On average it is too low (it is the bound L_k), the less so the more draws; in the
-    literature 5,000 is usual. Image by image, so memory does not grow with the batch. Put
-    the model in evaluation mode.
-    """
-    log_w = (draw_log_weights(model, image[None], num_samples, chunk_size) for image in x)
-    return torch.cat([importance_weighted_bound(image_log_w) for image_log_w in log_w])
-
-
-def active_units(mu: Tensor) -> int:
-    """How many latents the encoder uses: those whose mean varies by more than 0.01 between
-    images, Var_x(mu_j) > 0.01 (Burda et al. 2016, section 5). mu: (n, latent_dim)."""
-    return int((mu.var(dim=0, correction=0) > 0.01).sum())
-
-
 # ------------------------------------------------------------------- the networks
 
 
-ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh}
-
-
-def hidden_stack(
-    input_dim: int, hidden_dim: int, hidden_layers: int, activation: str
-) -> nn.Sequential:
-    """input_dim -> hidden_dim -> ... -> hidden_dim, an activation after each layer."""
-    sizes = [input_dim] + hidden_layers * [hidden_dim]
-    layers = [(nn.Linear(a, b), ACTIVATIONS[activation]()) for a, b in zip(sizes, sizes[1:])]
-    return nn.Sequential(*(module for layer in layers for module in layer))
-
-
 class VAEEncoder(nn.Module):
-    """The recognition network q(z|x): one hidden layer or more, then mu and log sigma^2."""
+    """The recognition network q(z|x) by itself (chapter 2.3): 784 -> 400 -> mu, log sigma^2."""
 
-    def __init__(
-        self,
-        input_dim: int = 784,
-        hidden_dim: int = 400,
-        latent_dim: int = 20,
-        hidden_layers: int = 1,
-        activation: str = "relu",
-    ):
+    def __init__(self, input_dim: int = 784, hidden_dim: int = 400, latent_dim: int = 20):
         super().__init__()
-        self.hidden = hidden_stack(input_dim, hidden_dim, hidden_layers, activation)
+        self.fc1 = nn.Linear(input_dim, hidden_dim)
         self.fc_mu = nn.Linear(hidden_dim, latent_dim)
         self.fc_logvar = nn.Linear(hidden_dim, latent_dim)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (batch, ...) with input_dim values an image -> mu, logvar: (batch, latent_dim)."""
-        h = self.hidden(x.flatten(1))
-        return self.fc_mu(h), self.fc_logvar(h).clamp(*LOGVAR_RANGE)
+        h = F.relu(self.fc1(x.flatten(1)))
+        return self.fc_mu(h).to(x.dtype), self.fc_logvar(h).to(x.dtype).clamp(*LOGVAR_RANGE)
 
 
-class GaussianVAE(nn.Module):
+class BaseVAE(nn.Module):
     """What every VAE here does, whatever its networks are.
 
     A subclass is an architecture: it sets `latent_dim` and defines
-    `encode(x) -> (mu, logvar)` and `decode_logits(z)`. `recon_loss` is the -log p(x|z)
-    that it is trained on, `importance_samples` the k of the bound L_k.
+    `encode(x) -> (mu, logvar)` and `decode_logits(z)`. Both return the dtype of what they
+    are given, so that losses are in float32 even where autocast makes the layers bfloat16.
+    `recon_loss` is the -log p(x|z) that the model is trained on.
     """
 
     recon_loss = staticmethod(bce_from_logits)
-    importance_samples = 1
 
     def reparameterize(self, mu: Tensor, logvar: Tensor) -> Tensor:
         return reparameterize(mu, logvar)
@@ -233,20 +143,10 @@ class GaussianVAE(nn.Module):
     def loss(
         self, images: Tensor, labels: Tensor, beta: float = 1.0
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """(total, recon, kl) of a batch, as `vae_loss`. The labels are not used.
-
-        With k = importance_samples > 1, total is one estimate of -L_k (for beta = 1; Burda et al.
-        2016), on average no more than recon + kl, which are the terms of -ELBO all the same.
-        """
-        if self.importance_samples == 1:
-            x_logits, mu, logvar = self(images)
-            return vae_loss(x_logits, images, mu, logvar, beta, self.recon_loss)
-        mu, logvar = self.encode(images)
-        shape = (self.importance_samples, *mu.shape)
-        epsilon = torch.randn(shape, dtype=mu.dtype, device=mu.device)
-        log_w, recon = log_weights(self, images, mu, logvar, epsilon, beta)
-        kl = kl_divergence_gaussian(mu, logvar)
-        return -importance_weighted_bound(log_w).sum(), recon.mean(dim=0).sum(), kl.sum()
+        """(total, recon, kl) of a batch, as `vae_loss`. A plain VAE has no use for the labels;
+        they are there for models that have, such as the conditional VAE of exercise 3."""
+        x_logits, mu, logvar = self(images)
+        return vae_loss(x_logits, images, mu, logvar, beta, self.recon_loss)
 
     @torch.no_grad()
     def sample(self, num_samples: int, device: torch.device | str | None = None) -> Tensor:
@@ -259,82 +159,69 @@ class GaussianVAE(nn.Module):
         return self.decode(torch.randn(num_samples, self.latent_dim).to(device))
 
 
-class VAE(GaussianVAE):
+class VAE(BaseVAE):
     """The MLP VAE (chapter 2.4): 784 -> 400 -> 20 -> 400 -> 784 by default.
 
-    With hidden_layers = 2 there are two layers of hidden_dim on either side of the code; the
-    activation is one of ACTIVATIONS. Takes images of any shape with input_dim values, returns
-    them flat.
+    Takes images of any shape with input_dim values, returns them flat.
     """
 
-    def __init__(
-        self,
-        input_dim: int = 784,
-        hidden_dim: int = 400,
-        latent_dim: int = 20,
-        hidden_layers: int = 1,
-        activation: str = "relu",
-    ):
+    def __init__(self, input_dim: int = 784, hidden_dim: int = 400, latent_dim: int = 20):
         super().__init__()
         self.latent_dim = latent_dim
-        self.encoder = VAEEncoder(input_dim, hidden_dim, latent_dim, hidden_layers, activation)
-        self.decoder = hidden_stack(latent_dim, hidden_dim, hidden_layers, activation)
-        self.decoder_fc = nn.Linear(hidden_dim, input_dim)
+        self.encoder_fc1 = nn.Linear(input_dim, hidden_dim)
+        self.encoder_fc_mu = nn.Linear(hidden_dim, latent_dim)
+        self.encoder_fc_logvar = nn.Linear(hidden_dim, latent_dim)
+        self.decoder_fc1 = nn.Linear(latent_dim, hidden_dim)
+        self.decoder_fc2 = nn.Linear(hidden_dim, input_dim)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (batch, ...) -> mu, logvar: (batch, latent_dim)."""
-        return self.encoder(x)
+        h = F.relu(self.encoder_fc1(x.flatten(1)))
+        mu, logvar = self.encoder_fc_mu(h).to(x.dtype), self.encoder_fc_logvar(h).to(x.dtype)
+        return mu, logvar.clamp(*LOGVAR_RANGE)
 
     def decode_logits(self, z: Tensor) -> Tensor:
         """z: (batch, latent_dim) -> (batch, input_dim)."""
-        return self.decoder_fc(self.decoder(z))
+        h = F.relu(self.decoder_fc1(z))
+        return self.decoder_fc2(h).to(z.dtype)
 
 
-class ConvVAE(GaussianVAE):
+class ConvVAE(BaseVAE):
     """The convolutional VAE for 28 x 28 images (chapter 2.4)."""
 
     def __init__(self, input_channels: int = 1, latent_dim: int = 128):
         super().__init__()
         self.latent_dim = latent_dim
+        # 28 -> 14 -> 7 -> 3
         self.encoder_conv = nn.Sequential(
-            # 28 -> 14
-            nn.Conv2d(input_channels, 32, kernel_size=4, stride=2, padding=1),
-            nn.ReLU(),
-            # 14 -> 7
-            nn.Conv2d(32, 64, kernel_size=4, stride=2, padding=1),
-            nn.ReLU(),
-            # 7 -> 3
-            nn.Conv2d(64, 128, kernel_size=4, stride=2, padding=1),
-            nn.ReLU(),
+            nn.Conv2d(input_channels, 32, kernel_size=4, stride=2, padding=1), nn.ReLU(),
+            nn.Conv2d(32, 64, kernel_size=4, stride=2, padding=1), nn.ReLU(),
+            nn.Conv2d(64, 128, kernel_size=4, stride=2, padding=1), nn.ReLU(),
         )
         self.fc_mu = nn.Linear(128 * 3 * 3, latent_dim)
         self.fc_logvar = nn.Linear(128 * 3 * 3, latent_dim)
         self.decoder_fc = nn.Linear(latent_dim, 128 * 3 * 3)
-        # On its way down, 7 / 2 was rounded to 3; output_padding=1 makes up for it.
-        # Without it this goes 3 -> 6 -> 12 -> 24, and the image is too small.
+        # 3 -> 7 -> 14 -> 28. On its way down, 7 / 2 was rounded to 3; output_padding=1 makes up
+        # for it. Without it this goes 3 -> 6 -> 12 -> 24, and the image is too small.
         self.decoder_conv = nn.Sequential(
-            # 3 -> 7
             nn.ConvTranspose2d(128, 64, kernel_size=4, stride=2, padding=1, output_padding=1),
             nn.ReLU(),
-            # 7 -> 14
-            nn.ConvTranspose2d(64, 32, kernel_size=4, stride=2, padding=1),
-            nn.ReLU(),
-            # 14 -> 28
+            nn.ConvTranspose2d(64, 32, kernel_size=4, stride=2, padding=1), nn.ReLU(),
             nn.ConvTranspose2d(32, input_channels, kernel_size=4, stride=2, padding=1),
         )
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (batch, channels, 28, 28) -> mu, logvar: (batch, latent_dim)."""
         h = self.encoder_conv(x).flatten(1)  # (batch, 128 * 3 * 3)
-        return self.fc_mu(h), self.fc_logvar(h).clamp(*LOGVAR_RANGE)
+        return self.fc_mu(h).to(x.dtype), self.fc_logvar(h).to(x.dtype).clamp(*LOGVAR_RANGE)
 
     def decode_logits(self, z: Tensor) -> Tensor:
         """z: (batch, latent_dim) -> (batch, channels, 28, 28)."""
         h = self.decoder_fc(z).view(-1, 128, 3, 3)
-        return self.decoder_conv(h)
+        return self.decoder_conv(h).to(z.dtype)
 
 
-class CelebAVAE(GaussianVAE):
+class CelebAVAE(BaseVAE):
     """The convolutional VAE for 64 x 64 colour images (chapter 2.7).
 
     BatchNorm normalises by the batch in training mode, and by running averages in
@@ -344,34 +231,37 @@ class CelebAVAE(GaussianVAE):
     def __init__(self, input_channels: int = 3, latent_dim: int = 256):
         super().__init__()
         self.latent_dim = latent_dim
-
-        def down(channels_in: int, channels_out: int) -> list[nn.Module]:
-            conv = nn.Conv2d(channels_in, channels_out, kernel_size=4, stride=2, padding=1)
-            return [conv, nn.BatchNorm2d(channels_out), nn.ReLU()]
-
-        def up(channels_in: int, channels_out: int) -> list[nn.Module]:
-            conv = nn.ConvTranspose2d(channels_in, channels_out, kernel_size=4, stride=2, padding=1)
-            return [conv, nn.BatchNorm2d(channels_out), nn.ReLU()]
-
         # 64 -> 32 -> 16 -> 8 -> 4
         self.encoder = nn.Sequential(
-            *down(input_channels, 32), *down(32, 64), *down(64, 128), *down(128, 256)
+            nn.Conv2d(input_channels, 32, kernel_size=4, stride=2, padding=1),
+            nn.BatchNorm2d(32), nn.ReLU(),
+            nn.Conv2d(32, 64, kernel_size=4, stride=2, padding=1),
+            nn.BatchNorm2d(64), nn.ReLU(),
+            nn.Conv2d(64, 128, kernel_size=4, stride=2, padding=1),
+            nn.BatchNorm2d(128), nn.ReLU(),
+            nn.Conv2d(128, 256, kernel_size=4, stride=2, padding=1),
+            nn.BatchNorm2d(256), nn.ReLU(),
         )
         self.fc_mu = nn.Linear(256 * 4 * 4, latent_dim)
         self.fc_logvar = nn.Linear(256 * 4 * 4, latent_dim)
         self.decoder_fc = nn.Linear(latent_dim, 256 * 4 * 4)
         # 4 -> 8 -> 16 -> 32 -> 64
         self.decoder = nn.Sequential(
-            *up(256, 128), *up(128, 64), *up(64, 32),
+            nn.ConvTranspose2d(256, 128, kernel_size=4, stride=2, padding=1),
+            nn.BatchNorm2d(128), nn.ReLU(),
+            nn.ConvTranspose2d(128, 64, kernel_size=4, stride=2, padding=1),
+            nn.BatchNorm2d(64), nn.ReLU(),
+            nn.ConvTranspose2d(64, 32, kernel_size=4, stride=2, padding=1),
+            nn.BatchNorm2d(32), nn.ReLU(),
             nn.ConvTranspose2d(32, input_channels, kernel_size=4, stride=2, padding=1),
         )
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (batch, channels, 64, 64) -> mu, logvar: (batch, latent_dim)."""
         h = self.encoder(x).flatten(1)  # (batch, 256 * 4 * 4)
-        return self.fc_mu(h), self.fc_logvar(h).clamp(*LOGVAR_RANGE)
+        return self.fc_mu(h).to(x.dtype), self.fc_logvar(h).to(x.dtype).clamp(*LOGVAR_RANGE)
 
     def decode_logits(self, z: Tensor) -> Tensor:
         """z: (batch, latent_dim) -> (batch, channels, 64, 64)."""
         h = self.decoder_fc(z).view(-1, 256, 4, 4)
-        return self.decoder(h)
+        return self.decoder(h).to(z.dtype)

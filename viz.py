@@ -1,29 +1,36 @@
 """Pictures of a trained model and its latent space (chapter 2.5 - 2.7).
 
-    python viz.py runs/mnist-mlp                        redraw every figure of a run
-    python viz.py runs/iwae --beside runs/vae           the bounds of evaluated runs, in one figure
+    python viz.py runs/mnist-mlp        redraw every figure of a run
+    python viz.py                       of the newest run
 
 The functions take a model that is already trained, and the path of the PNG to write.
 `note` is printed at the foot of a figure. No window is opened.
 """
 
-import json
+import importlib.util
 import math
+import os
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn as nn
-from matplotlib.figure import Figure
-from matplotlib.patches import Circle
 from torch import Tensor
 
-from data import CLASS_NAMES, Batches, UserError, binarize_once, write_atomically
-from train import Parser, load_run, load_test_split, loss_unit, run_cli
+from data import CLASS_NAMES, write_atomically
 from vae import kl_divergence_gaussian
+
+# A notebook tells what is started in its shell to draw by a module of its own, without which
+# matplotlib cannot even be imported.
+backend = os.environ.get("MPLBACKEND", "").removeprefix("module://").split(".")[0]
+if backend == "matplotlib_inline" and importlib.util.find_spec(backend) is None:
+    del os.environ["MPLBACKEND"]
+
+import matplotlib  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+from matplotlib.patches import Circle  # noqa: E402
 
 # The attributes that attributes.png adds to faces and takes away.
 ATTRIBUTES = {
@@ -97,14 +104,8 @@ def tile(images: Tensor, columns: int, gap: int = 2) -> np.ndarray:
 
 
 def save_tiles(
-    images: Tensor,
-    columns: int,
-    path: str | Path,
-    note: str = "",
-    row_labels: Sequence[str] = (),
-    column_labels: Sequence[str] = (),
-    gap: int = 2,
-    scale: int | None = None,
+    images: Tensor, columns: int, path: str | Path, note: str = "", row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (), gap: int = 2, scale: int | None = None
 ) -> None:
     """Save a grid of images, each pixel as scale x scale pixels, labels outside it.
 
@@ -187,41 +188,13 @@ def visualize_training(
     save(figure, path, note)
 
 
-def visualize_bounds(evaluations: dict[str, dict], path: str | Path) -> None:
-    """The bound L_k of log p(x) against k: from the ELBO, k = 1, to the estimate of all draws.
-
-    evaluations: name -> what train.evaluate_run has measured. Lines are means over the images;
-    bands are one spread to either side (see `train.evaluate`).
-    """
-    figure = Figure(figsize=(5.4, 3.4), layout="constrained")
-    axes = figure.subplots()
-    for name, evaluation in evaluations.items():
-        name, points = name.replace("$", r"\$"), evaluation["bounds"]  # $ begins a formula
-        line, = axes.plot(
-            [p["k"] for p in points], [p["bound"] for p in points], ".-",
-            label=f"{name}: {points[0]['bound']:.2f} to {points[-1]['bound']:.2f}",
-        )
-        points = [p for p in points if p["spread"] is not None]
-        low, high = ([p["bound"] + sign * p["spread"] for p in points] for sign in (-1, 1))
-        axes.fill_between([p["k"] for p in points], low, high, color=line.get_color(), alpha=0.15)
-    axes.set(xscale="log", xlabel="draws k", ylabel="bound $L_k$ of log p(x), nats per image")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
-    notes = {evaluation["notice"]: None for evaluation in evaluations.values()}
-    save(figure, path, "; ".join(filter(None, notes)))
-
-
 # ------------------------------------------------------------------ the latent space
 
 
 @torch.no_grad()
 def visualize_latent_space_2d(
-    model: nn.Module,
-    test_loader: Iterable,
-    device,
-    path,
-    class_names: Sequence[str] = tuple("0123456789"),
-    note: str = "",
+    model: nn.Module, test_loader: Iterable, device, path,
+    class_names: Sequence[str] = tuple("0123456789"), note: str = ""
 ) -> None:
     """Every test image at its code, coloured by its class; for latent_dim = 2.
 
@@ -262,13 +235,8 @@ def interpolate_latent_space(
 
 @torch.no_grad()
 def visualize_interpolation(
-    model: nn.Module,
-    test_loader: Iterable,
-    device,
-    path,
-    num_pairs: int = 3,
-    num_steps: int = 10,
-    note: str = "",
+    model: nn.Module, test_loader: Iterable, device, path, num_pairs: int = 3, num_steps: int = 10,
+    note: str = ""
 ) -> None:
     """Between the codes of two test images, which stand at the ends of each row."""
     model.eval()
@@ -305,13 +273,8 @@ def visualize_latent_manifold(
 
 @torch.no_grad()
 def visualize_traversals(
-    model: nn.Module,
-    test_loader: Iterable,
-    device,
-    path,
-    num_dims: int = 10,
-    num_steps: int = 11,
-    note: str = "",
+    model: nn.Module, test_loader: Iterable, device, path, num_dims: int = 10, num_steps: int = 11,
+    note: str = ""
 ) -> None:
     """Move one latent at a time, the others at the code of the first test image.
 
@@ -334,12 +297,8 @@ def visualize_traversals(
 
 @torch.no_grad()
 def visualize_attributes(
-    model: nn.Module,
-    test_loader: Iterable,
-    device,
-    path,
-    attributes: dict[str, Tensor],
-    note: str = "",
+    model: nn.Module, test_loader: Iterable, device, path, attributes: dict[str, Tensor],
+    note: str = ""
 ) -> None:
     """Add each attribute to a test face without it, and take it from one that has it.
 
@@ -366,13 +325,14 @@ def visualize_attributes(
 # -------------------------------------------------------------------- a whole run
 
 
+def loss_unit(config: dict) -> str:
+    bce, ae = config["recon"] == "bce", config["model"] == "ae"
+    return "nats per image" if bce else f"squared error per image{'' if ae else ', KL in nats'}"
+
+
 def draw_run(
-    folder: str | Path,
-    model: nn.Module,
-    config: dict,
-    history: list[dict],
-    loader: Iterable,
-    factors: dict[str, Tensor],
+    folder: str | Path, model: nn.Module, config: dict, history: list[dict], loader: Iterable,
+    factors: dict[str, Tensor]
 ) -> None:
     """Draw into folder every figure that applies to the run.
 
@@ -404,44 +364,7 @@ def draw_run(
         visualize_latent_manifold(model, device, path, digit_size=side, note=note)
 
 
-def read_evaluation(folder: str | Path) -> dict:
-    """What train.py --evaluate has stored in the folder of a run; UserError if there is nothing."""
-    path = Path(folder) / "evaluation.json"
-    try:
-        evaluation = json.loads(path.read_bytes())
-        [p["k"] + p["bound"] + (p["spread"] or 0) for p in evaluation["bounds"]][0]
-        evaluation["notice"]
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is missing: run train.py --evaluate {folder} first") from error
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise UserError(f"{path}: is damaged; run train.py --evaluate {folder} again") from error
-    return evaluation
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = Parser(prog="viz.py", description="Redraw the figures of a run.")
-    parser.add_argument("run", help="the folder of the run, such as runs/mnist-mlp")
-    parser.add_argument("--beside", nargs="+", metavar="RUN",
-                        help="draw bounds.png only: the bounds of this run and of these, which "
-                        "train.py --evaluate has measured")
-    parser.add_argument("--data-dir", metavar="DIR", help="as for train.py")
-    args = parser.parse_args(argv)
-    if args.beside:
-        evaluations = {run: read_evaluation(run) for run in [args.run, *args.beside]}
-        visualize_bounds(evaluations, Path(args.run) / "bounds.png")
-        print(f"bounds.png drawn in {args.run}")
-        return
-    model, checkpoint = load_run(args.run)
-    config = checkpoint["config"]
-    test = load_test_split(args.run, config, args.data_dir)
-    images = binarize_once(test.images) if config["binarize"] else test.images
-    test_loader = Batches(images, test.labels, batch_size=1000)
-    draw_run(args.run, model, config, checkpoint["history"], test_loader, test.factors)
-    if (Path(args.run) / "evaluation.json").exists():
-        evaluations = {args.run: read_evaluation(args.run)}
-        visualize_bounds(evaluations, Path(args.run) / "bounds.png")
-    print(f"figures drawn in {args.run}")
-
-
 if __name__ == "__main__":
-    run_cli(main)
+    import train
+
+    train.run_cli(train.redraw)

@@ -72,13 +72,8 @@ def trained(
     options |= {"dataset": args.dataset, "epochs": epochs or args.epochs, "seed": seed}
     if args.limit:
         options["limit"] = args.limit
-    argv = [f"--{key.replace('_', '-')}={value}" for key, value in options.items()]
-    asked = train.parse_args(argv)
-    asked.latent_dim = asked.latent_dim or train.build_model(vars(asked)).latent_dim
-    usual = train.parse_args([f"--dataset={asked.dataset}", f"--model={asked.model}"])
-    usual.epochs = usual.seed = None  # in the name, as in mnist-mlp-latent-dim20-epochs10-seed0
-    named = [f"{k}{v}" for k, v in vars(asked).items() if v != vars(usual)[k]]
-    folder = RESULTS / "-".join([asked.dataset, asked.model, *named]).replace("_", "-")
+    asked = train.parse_args([f"--{k.replace('_', '-')}={v}" for k, v in options.items()])
+    folder = RESULTS / train.run_name(vars(asked) | {"notice": ""})
     asked.out, asked.resume, asked.data_dir = str(folder), True, args.data_dir
     print(f"{folder.name} ... ", end="", flush=True)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -119,9 +114,7 @@ def markdown_table(rows: list[dict], key: str, formats: dict[str, str]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
-def plot_measures(
-    rows: list[dict], key: str, measures: dict[str, list[str]], path: Path
-) -> None:
+def plot_measures(rows: list[dict], key: str, measures: dict[str, list[str]], path: Path) -> None:
     """Mean ± standard deviation over the seeds against key, on a logarithmic axis.
 
     measures: the label of each panel -> the measures in it.

@@ -18,10 +18,10 @@ import torch
 from common import RESULTS, last_test, load_images, parse_args, plot_measures
 from common import report, run, trained
 from matplotlib.figure import Figure
-from metrics import dci, mutual_information_gap, total_correlation
+from metrics import active_units, dci, mutual_information_gap, total_correlation
 
 from data import Batches
-from vae import active_units, reparameterize
+from vae import reparameterize
 from viz import encode_all, save, visualize_traversals
 
 BETAS = (0.5, 1, 2, 4, 8, 16, 32)

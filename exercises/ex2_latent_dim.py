@@ -13,10 +13,9 @@ Kynkaanniemi et al. (2019), coverage is of Naeem et al. (2020), all in the class
 import torch
 from common import RESULTS, last_test, load_images, parse_args, plot_measures
 from common import report, run, trained
-from metrics import sample_quality, train_classifier
+from metrics import active_units, sample_quality, train_classifier
 
 from data import Batches
-from vae import active_units
 from viz import encode_all, save_tiles
 
 LATENT_DIMS = (2, 10, 20, 50, 100)

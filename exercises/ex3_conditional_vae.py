@@ -37,8 +37,9 @@ class ConditionalVAE(VAE):
 
     def __init__(self, input_dim: int = 784, hidden_dim: int = 400, latent_dim: int = 20):
         super().__init__(input_dim, hidden_dim, latent_dim)
+        del self.encoder_fc1, self.encoder_fc_mu, self.encoder_fc_logvar
         self.encoder = VAEEncoder(input_dim + CLASSES, hidden_dim, latent_dim)
-        self.decoder[0] = torch.nn.Linear(latent_dim + CLASSES, hidden_dim)
+        self.decoder_fc1 = torch.nn.Linear(latent_dim + CLASSES, hidden_dim)
 
     def encode(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """x: (batch, ...), y: (batch, 10) -> mu, logvar: (batch, latent_dim)."""

@@ -23,12 +23,12 @@ from pathlib import Path
 import torch
 from common import RESULTS, load_images, parse_args, report, run, spread, trained
 from matplotlib.figure import Figure
-from metrics import sample_quality, train_classifier
+from metrics import active_units, sample_quality, train_classifier
 from torch import Tensor
 
 from data import Batches
 from train import MODELS
-from vae import VAE, active_units, bce_from_logits, kl_divergence_gaussian, squared_error
+from vae import VAE, bce_from_logits, kl_divergence_gaussian, squared_error
 from viz import encode_all, save, save_tiles
 
 

@@ -20,19 +20,19 @@ import torch
 import torch.nn as nn
 from common import RESULTS, last_test, load_images, parse_args, report, run, trained
 from matplotlib.figure import Figure
-from metrics import linear_probe
+from metrics import active_units, linear_probe
 from torch import Tensor
 
 from data import Batches
 from train import MODELS
-from vae import GaussianVAE, VAEEncoder, active_units, reparameterize, vae_loss
+from vae import BaseVAE, VAEEncoder, reparameterize, vae_loss
 from viz import encode_all, save
 
 ANNEAL = 5  # epochs until the weight is 1
 N_CODES = 10_000  # training images whose codes the linear probe learns from
 
 
-class RowVAE(GaussianVAE):
+class RowVAE(BaseVAE):
     """A VAE for 28 x 28 images whose decoder is autoregressive over the rows of pixels:
 
     p(x|z) = prod_r p(row_r | z, rows above r), by a GRU that starts from z and reads the rows.
@@ -76,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     ]
     rows, curves = [], {}
     for kind in ("mlp", "rows"):
-        for anneal in (0, ANNEAL):
+        for anneal in (0, min(ANNEAL, args.epochs)):
             label = f"{kind}, annealed" if anneal else kind
             for seed in args.seeds:
                 model, history = trained(args, seed, model=kind, kl_anneal=anneal)

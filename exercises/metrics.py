@@ -1,6 +1,6 @@
 """How good are codes and samples? Measures from the literature, written out by hand.
 
-Of codes:   the Mutual Information Gap, DCI, a linear probe.
+Of codes:   active units, the Mutual Information Gap, DCI, a linear probe.
 Of samples: the classes and the confidence that a classifier sees, precision and recall.
 """
 
@@ -19,6 +19,15 @@ BINS = 20
 
 
 # ----------------------------------------------------------------------- of codes
+
+
+def active_units(mu: Tensor) -> int:
+    """How many latents the encoder uses: those whose mean varies by more than 0.01 between
+    images, Var_x(mu_j) > 0.01 (Burda, Grosse & Salakhutdinov 2016, section 5).
+
+    mu: (n, latent_dim).
+    """
+    return int((mu.var(dim=0, correction=0) > 0.01).sum())
 
 
 def total_correlation(z: Tensor) -> float:
@@ -130,9 +139,7 @@ def dci(z: Tensor, factors: dict[str, Tensor]) -> dict[str, float]:
     }
 
 
-def linear_probe(
-    codes: Tensor, labels: Tensor, test_codes: Tensor, test_labels: Tensor
-) -> float:
+def linear_probe(codes: Tensor, labels: Tensor, test_codes: Tensor, test_labels: Tensor) -> float:
     """The share of test labels that a linear map of the codes gets right: least squares on
     one-hot labels, so there is nothing to tune. codes: (n, d), draws from q(z|x), as the decoder
     gets them: a mean may hold traces that drown in the noise. labels: (n,)."""

@@ -4,7 +4,6 @@ import contextlib
 import gzip
 import io
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,18 +12,22 @@ import hypothesis
 import numpy as np
 import pytest
 
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests run on the CPU, also where there is a GPU
-import torch  # noqa: E402
+import torch
+
+GPU = torch.cuda.is_available()
+if GPU:
+    torch.cuda.init()
+    torch.cuda.device_count()  # which it remembers from here on
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # for test_cuda.py alone, which takes it away again
 
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(PROJECT), str(PROJECT / "exercises")]
 
 import data  # noqa: E402
+import draw  # noqa: E402
 import train  # noqa: E402
-import viz  # noqa: E402
 
-# No time limit for an example: a busy machine is not a failure. Always the same
-# examples: the code under test may only fail when it has changed.
+# No time limit, for a busy machine is no failure; always the same examples.
 hypothesis.settings.register_profile("here", deadline=None, derandomize=True, max_examples=40)
 hypothesis.settings.load_profile("here")
 
@@ -40,23 +43,29 @@ def write_idx(path: Path, array: np.ndarray) -> Path:
 
 def write_mnist(root: Path, train: data.Split, test: data.Split) -> None:
     for prefix, split in (("train", train), ("t10k", test)):
-        images, labels = split.images[:, 0].numpy(), split.labels.numpy()
-        write_idx(root / "mnist" / f"{prefix}-images-idx3-ubyte.gz", images)
-        write_idx(root / "mnist" / f"{prefix}-labels-idx1-ubyte", labels)
+        path = root / "mnist" / prefix
+        write_idx(Path(f"{path}-images-idx3-ubyte.gz"), split.images[:, 0].numpy())
+        write_idx(Path(f"{path}-labels-idx1-ubyte"), split.labels.numpy())
 
 
 @pytest.fixture(scope="session", autouse=True)
 def few_attacks(request):
     """A few tries of the attacks of torture.py, beside the other tests, as they mostly wait."""
     if not any(item.path.name == "test_torture.py" for item in request.session.items):
-        yield
-        return
+        return (yield)
     command = [sys.executable, str(PROJECT / "tests" / "torture.py"), "--few"]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True) as process:
         yield process
         process.terminate()
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(request, monkeypatch):
+    if request.path.name == "test_cuda.py":
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    else:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture(autouse=True)
@@ -66,23 +75,20 @@ def fixed_seed():
 
 @pytest.fixture(scope="session")
 def drawn() -> data.Split:
-    """6,000 drawn digits."""
-    return data.draw_digits(6000, seed=1)
+    return data.Split(*draw.draw_digits(6000, seed=1))
 
 
 @pytest.fixture(scope="session")
 def faces() -> data.Split:
-    """400 drawn faces."""
-    return data.draw_faces(400, seed=1)
+    return data.Split(*draw.draw_faces(400, seed=1))
 
 
 @pytest.fixture(scope="session")
 def mnist_root(drawn, tmp_path_factory) -> Path:
     """A data folder in MNIST's format, with 1,000 + 300 drawn digits in it."""
     root = tmp_path_factory.mktemp("data")
-    train = data.Split(drawn.images[:1000], drawn.labels[:1000], {})
-    test = data.Split(drawn.images[1000:1300], drawn.labels[1000:1300], {})
-    write_mnist(root, train, test)
+    parts = (slice(1000), slice(1000, 1300))
+    write_mnist(root, *(data.Split(drawn.images[p], drawn.labels[p], {}) for p in parts))
     return root
 
 
@@ -97,7 +103,7 @@ def digits_root(tmp_path_factory) -> Path:
 @pytest.fixture
 def no_figures(monkeypatch):
     """Do not draw, which takes longer than to train on so few images."""
-    monkeypatch.setattr(viz, "draw_run", lambda *args: None)
+    monkeypatch.setattr(train, "draw_run", lambda *args: None)
 
 
 def overfit(model, images: torch.Tensor, steps: int, beta: float = 1.0) -> list[float]:
@@ -106,29 +112,26 @@ def overfit(model, images: torch.Tensor, steps: int, beta: float = 1.0) -> list[
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
-        total = model.loss(images, None, beta)[0]
-        total.backward()
+        losses.append(model.loss(images, None, beta)[0])
+        losses[-1].backward()
         optimizer.step()
-        losses.append(total.item())
-    return losses
+    return [loss.item() for loss in losses]
 
 
 def run_script(*args, cwd: Path) -> subprocess.CompletedProcess:
     """Run one of the project's scripts as a user does, without a network."""
-    nowhere = "http://127.0.0.1:9"
     env = {k: v for k, v in os.environ.items() if k not in ("VAE_DATA_DIR", "no_proxy", "NO_PROXY")}
-    env |= {"http_proxy": nowhere, "https_proxy": nowhere}
+    env |= dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
     command = [sys.executable, str(PROJECT / args[0]), *map(str, args[1:])]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
 def run_here(main, *args) -> subprocess.CompletedProcess:
     """The same in this process, which saves the seconds of importing torch."""
-    out, err = io.StringIO(), io.StringIO()
+    out, err, argv = io.StringIO(), io.StringIO(), [str(arg) for arg in args]
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         with pytest.raises(SystemExit) as exit_:
-            train.run_cli(lambda: main([str(arg) for arg in args]))
-    train.on_interrupt(signal.default_int_handler)  # or pytest could not be interrupted
+            train.run_cli(lambda: main(argv))
     return subprocess.CompletedProcess(args, exit_.value.code, out.getvalue(), err.getvalue())
 
 
@@ -136,5 +139,4 @@ def assert_user_error(result: subprocess.CompletedProcess, *words: str) -> None:
     """One line on stderr that has the words in it, and exit status 2."""
     assert result.returncode == 2, result.stderr
     assert result.stderr.count("\n") == 1 and result.stderr.startswith("error: "), result.stderr
-    for word in words:
-        assert word in result.stderr
+    assert all(word in result.stderr for word in words), result.stderr

@@ -1,54 +1,50 @@
-"""The autoencoder, and its demonstration."""
+"""The autoencoder, and exercise 0, which compares it with a VAE."""
 
-import math
-
-import hypothesis.strategies as st
+import ex0_autoencoder as ex0
 import torch
 import torch.nn.functional as F
-from conftest import overfit
-from hypothesis import given
-from PIL import Image
-
-from ae import Autoencoder, compare
+import train
+from ae import Autoencoder
+from conftest import assert_user_error, overfit, run_here
 from vae import VAE
 
 
-@given(st.integers(1, 9), st.integers(1, 30))
-def test_shapes_ranges_and_loss(batch, latent_dim):
-    model, x = Autoencoder(latent_dim=latent_dim), torch.rand(batch, 1, 28, 28)
+def test_shapes_ranges_and_loss_and_that_it_learns(drawn):
+    model, x = Autoencoder(latent_dim=3), torch.rand(5, 1, 28, 28)
     x_recon, z = model(x)
-    assert z.shape == (batch, latent_dim) and x_recon.shape == (batch, 784)
-    assert x_recon.min() >= 0 and x_recon.max() <= 1
-    assert model.sample(batch).shape == (batch, 784)
-    assert torch.equal(model(x)[0], x_recon)  # no noise anywhere
-    total, recon, kl = model.loss(x, None, beta=3.0)
-    expected = F.mse_loss(x_recon, x.flatten(1), reduction="sum")
-    torch.testing.assert_close(total, expected)
-    assert torch.equal(total, recon) and kl == 0
-
-
-def test_overfits_64_images(drawn):
+    assert z.shape == (5, 3) and x_recon.shape == model.sample(5).shape == (5, 784)
+    assert 0 <= x_recon.min() and x_recon.max() <= 1 and torch.equal(model(x)[0], x_recon)
+    error = F.mse_loss(x_recon, x.flatten(1), reduction="sum")
+    torch.testing.assert_close(model.loss(x, None, beta=3.0), (error, error, 0 * error))
     losses = overfit(Autoencoder(), drawn.images[:64] / 255, steps=100)
     assert losses[-1] < 0.2 * losses[0]
 
 
-def test_the_comparison_prints_where_the_codes_lie(drawn, tmp_path, capsys):
-    """Codes that are always 7, beside draws from N(0, 2^2)."""
-    autoencoder, vae = Autoencoder(latent_dim=3), VAE(latent_dim=3)
-    with torch.no_grad():
-        for layer, bias in ((autoencoder.fc2, 7.0), (vae.encoder.fc_mu, 0.0)):
-            layer.weight.zero_()
-            layer.bias.fill_(bias)
-        vae.encoder.fc_logvar.weight.zero_()
-        vae.encoder.fc_logvar.bias.fill_(2 * math.log(2))
-    decoded, decode = [], autoencoder.decode
-    autoencoder.decode = lambda z: decoded.append(z) or decode(z)
-    compare({"AE": autoencoder, "VAE": vae}, drawn.images / 255, tmp_path / "c.png")
+def test_the_comparison_prints_where_codes_of_7_and_codes_from_n_0_4_lie(drawn, tmp_path, capsys):
+    ae, vae = Autoencoder(latent_dim=3), VAE(latent_dim=3)
+    for layer, bias in ((ae.fc2, 7), (vae.encoder_fc_mu, 0), (vae.encoder_fc_logvar, 1.3863)):
+        torch.nn.init.zeros_(layer.weight)
+        torch.nn.init.constant_(layer.bias, bias)
+    decoded, decode = [], ae.decode
+    ae.decode = lambda z: decoded.append(z) or decode(z)
+    ex0.compare({"AE": ae, "VAE": vae}, drawn.images / 255, tmp_path / "c.png")
     noise, scaled = (z for z in decoded if len(z) == 24)  # beside the codes and their lines
-    assert noise.std() > 0.7 and noise.mean().abs() < 0.5
-    torch.testing.assert_close(scaled, torch.full_like(scaled, 7.0))
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
-    table = torch.tensor([[float(v) for v in row] for row in rows if row and row[0].isdigit()])
-    expected = torch.tensor([7.0, 0.0, 0.0, 2.0]).expand(3, 4)  # mean, std, mean, std
-    torch.testing.assert_close(table[:, 1:], expected, rtol=0, atol=0.15)
-    assert Image.open(tmp_path / "c.png").size[0] > 500
+    assert noise.std() > 0.7 and noise.mean().abs() < 0.5 and torch.allclose(scaled, 7 + 0 * noise)
+    lines = map(str.split, capsys.readouterr().out.splitlines())
+    table = torch.tensor([[float(v) for v in row[1:]] for row in lines if len(row) == 5])
+    assert torch.allclose(table, torch.tensor([7.0, 0, 0, 2]), rtol=0, atol=0.15)  # mean, std twice
+
+
+def test_exercise_0_trains_both_and_prints_their_squared_errors(mnist_root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for option in ("--beta=2", "--binarize", "--out=x", "--recon=mse", "--model=conv"):
+        assert_user_error(run_here(ex0.main, option), "exercise 0", option.split("=")[0])
+    result = run_here(ex0.main, "--data-dir", mnist_root, "--limit=300", "--epochs=1")
+    x = train.load_dataset("mnist", mnist_root)[1].images / 255
+    ae, vae = (train.load_run(f"runs/mnist-{kind}-limit300-epochs1")[0] for kind in ("ae", "mlp"))
+    torch.manual_seed(0)
+    torch.randn(24, 20)  # the noise of the figure
+    decoded = ae(x)[0], vae.decode(vae.reparameterize(*vae.encode(x)))
+    errors = (F.mse_loss(y, x.flatten(1), reduction="sum").item() / 300 for y in decoded)
+    end = "images: autoencoder {:.2f}, VAE {:.2f}\nsaved runs/mnist-mlp".format(*errors)
+    assert end in result.stdout and list(tmp_path.glob("runs/mnist-mlp*/ae-vs-vae.png"))

@@ -1,136 +1,70 @@
-"""The exercises' own mathematics, as properties, and that a sweep resumes."""
+"""The exercises: their mathematics as properties, and what their main functions find."""
 
 import json
 import math
+from pathlib import Path
 
+import common
+import data
+import draw
+import ex1_beta_vae as ex1
+import ex2_latent_dim as ex2
+import ex3_conditional_vae as ex3
+import ex4_mse_vs_bce as ex4
+import ex5_kl_annealing as ex5
+import metrics
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import common
-from common import markdown_table
-from conftest import PROJECT, assert_user_error, run_here
-from hypothesis import given
-from hypothesis import strategies as st
-from torch.distributions import Bernoulli, Normal
-
-import ex5_kl_annealing
-import metrics
-import data
 import train
-from data import Batches
-from ex3_conditional_vae import ConditionalVAE, one_hot
-from ex4_mse_vs_bce import SigmaVAE, best_gaussian
-from ex5_kl_annealing import RowVAE
-from vae import VAE, kl_divergence_gaussian, squared_error, vae_loss
-from viz import encode_all, kl_per_latent
+from conftest import PROJECT, run_here
+from data import Batches, load_dataset
+from ex3_conditional_vae import one_hot
+from hypothesis import given, settings, strategies as st
+from metrics import precision_recall
+from torch.distributions import Bernoulli, Normal, kl_divergence
+from vae import VAE, vae_loss
 
-seeds = st.integers(0, 10**6)
-
-
-# ------------------------------------------------------------ what train.py gained
-
-
-@given(st.integers(0, 50), st.integers(1, 100))
-def test_the_annealing_weight_rises_from_above_0_to_1_and_stays(kl_anneal, epoch):
-    weight, later = (train.kl_weight(e, kl_anneal) for e in (epoch, epoch + 1))
-    assert 0 < weight <= later <= 1
-    assert (weight == 1) == (epoch >= kl_anneal)
-    if epoch <= kl_anneal:
-        assert weight == pytest.approx(epoch * train.kl_weight(1, kl_anneal))
-
-
-def run(root, out, *options):
-    argv = ["--data-dir", str(root), "--limit", "300", "--out", str(out), *options]
-    return train.train_run(train.parse_args(argv))
-
-
-def test_annealing_trains_at_its_weight_and_tests_at_the_full_beta(mnist_root, tmp_path):
-    _, _, config, history, *_ = run(
-        mnist_root, tmp_path / "run", "--epochs", "3", "--beta", "4", "--kl-anneal", "2"
-    )
-    assert config["kl_anneal"] == 2
-    assert [row["beta"] for row in history] == [2, 4, 4]
-    for row in history:
-        weighted = row["train_recon"] + row["beta"] * row["train_kl"]
-        assert row["train_loss"] == pytest.approx(weighted, rel=1e-6)
-        assert row["test_loss"] == pytest.approx(row["test_recon"] + 4 * row["test_kl"], rel=1e-6)
-
-
-def test_beta_1_is_the_vae_and_so_is_an_annealing_of_one_epoch(mnist_root, tmp_path):
-    """A step on a bound written out with torch.distributions, that has no beta."""
-    options = ["--epochs", "1", "--batch-size", "300", "--kl-anneal", "1"]
-    _, trained, *_, loader, _ = run(mnist_root, tmp_path / "run", *options)
-    torch.manual_seed(0)
-    model = VAE()
-    split = data.load_dataset("mnist", mnist_root)[0]
-    torch.manual_seed(1_000_003)
-    (x, _), = Batches(split.images[:300], split.labels[:300], 300, shuffle=True)
-    mu, logvar = model.encode(x)
-    posterior, prior = Normal(mu, torch.exp(0.5 * logvar)), Normal(0.0, 1.0)
-    pixels = Bernoulli(logits=model.decode_logits(posterior.rsample()), validate_args=False)
-    kl = torch.distributions.kl_divergence(posterior, prior)
-    (kl.sum() - pixels.log_prob(x.flatten(1)).sum()).div(300).backward()
-    torch.optim.Adam(model.parameters(), lr=2e-3).step()
-    for ours, theirs in zip(trained.parameters(), model.parameters(), strict=True):
-        assert torch.allclose(ours, theirs, atol=1e-4)
+generators = st.builds(lambda seed: torch.Generator().manual_seed(seed), st.integers(0, 10**6))
 
 
 def test_recon_mse_trains_and_resumes_on_the_squared_error(mnist_root, tmp_path):
-    options = ["--recon", "mse", "--beta", "0.1"]
-    *_, history, loader, _ = run(mnist_root, tmp_path / "whole", "--epochs", "2", *options)
-    run(mnist_root, tmp_path / "parts", "--epochs", "1", *options)
-    again = run(mnist_root, tmp_path / "parts", "--epochs", "2", "--resume", *options)[3]
-    for a, b in zip(history, again, strict=True):
-        assert {k: a[k] for k in a if k != "seconds"} == {k: b[k] for k in b if k != "seconds"}
-    model, _ = train.load_run(tmp_path / "parts")
-    with torch.no_grad():
-        x = loader.images / 255
-        total, recon, kl = model.loss(x, loader.labels, 0.1)
-        mu, logvar = model.encode(x)
-    assert kl.item() == pytest.approx(kl_divergence_gaussian(mu, logvar).sum().item(), rel=1e-5)
-    assert total.item() == pytest.approx(recon.item() + 0.1 * kl.item(), rel=1e-5)
+    def run(name, options):
+        options = f"--data-dir {mnist_root} --limit 300 --recon mse --beta 0.4 {options}"
+        args = train.parse_args([*options.split(), "--out", str(tmp_path / name)])
+        return train.train_run(args)
+
+    _, model, _, history, loader, _ = run("whole", "--epochs 3")
+    run("parts", "--epochs 2")
+    again = run("parts", "--epochs 3 --resume")[3]
+    assert [row | {"seconds": 0} for row in again] == [row | {"seconds": 0} for row in history]
+    *_, last = history
+    total = last["test_recon"] + 0.4 * last["test_kl"]
+    assert last["test_loss"] == pytest.approx(total, rel=1e-6)
+    x = loader.images.flatten(1) / 255
+    error = F.mse_loss(model.decode(model.encode(x)[0]), x, reduction="sum").item() / 300
     # The noise of z moves the mean of 300 images by less than a tenth.
-    error = squared_error(model.decode_logits(mu), x).sum().item()
-    assert 0.9 < recon.item() / error < 1.1
+    assert 0.9 < last["test_recon"] / error < 1.1
 
 
-@pytest.mark.parametrize("options", [["--kl-anneal", "3"], ["--recon", "bce"]])
-def test_the_autoencoder_has_neither_kl_nor_bce(options, mnist_root):
-    result = run_here(train.main, "--model", "ae", "--data-dir", mnist_root, *options)
-    assert_user_error(result, options[0], "--model ae")
-
-
-# ----------------------------------------------------------------------- of codes
-
-
-@given(seeds, st.integers(2, 12), st.integers(2, 12))
+@given(st.integers(0, 10**6), st.integers(2, 12), st.integers(2, 12))
 def test_mutual_information_is_that_of_the_joint_counts(seed, ka, kb):
     rng = np.random.default_rng(seed)
     a, b = rng.integers(ka, size=200), rng.integers(kb, size=200)
     b = np.where(rng.random(200) < 0.5, a % kb, b)
-    expected = 0.0
-    for i in range(ka):
-        for j in range(kb):
-            p, q, r = np.mean((a == i) & (b == j)), np.mean(a == i), np.mean(b == j)
-            expected += p * math.log(p / (q * r)) if p else 0
+    joint = np.array([[np.mean((a == i) & (b == j)) for j in range(kb)] for i in range(ka)])
+    ratio = joint / np.maximum(np.outer(joint.sum(axis=1), joint.sum(axis=0)), 1e-300)
+    expected = pytest.approx(np.sum(joint * np.log(np.where(joint > 0, ratio, 1))), abs=1e-9)
     a, b = torch.tensor(a), torch.tensor(b)
-    assert metrics.mutual_information(a, b) == pytest.approx(expected, abs=1e-9)
-    assert metrics.mutual_information(b, a) == pytest.approx(expected, abs=1e-9)
-
-
-def factors_of(n: int, seed: int) -> dict[str, torch.Tensor]:
-    """Four independent factors, one of them a class."""
-    generator = torch.Generator().manual_seed(seed)
-    factors = {name: torch.rand(n, generator=generator) for name in "abc"}
-    return factors | {"class": torch.randint(4, (n,), generator=generator)}
+    assert metrics.mutual_information(a, b) == expected == metrics.mutual_information(b, a)
 
 
 def scores(z, factors) -> tuple[float, float, float]:
     gaps = metrics.mutual_information_gap(z, factors)
     assert gaps.keys() == factors.keys() and all(-1e-9 <= gap <= 1 + 1e-9 for gap in gaps.values())
     dci = metrics.dci(z, factors)
-    assert -0.02 <= dci.pop("informativeness") <= 1  # not 0 on images that it was not fitted to
+    assert -0.05 <= dci.pop("informativeness") <= 1  # not 0 on images that it was not fitted to
     assert all(-1e-9 <= value <= 1 + 1e-9 for value in dci.values())
     return sum(gaps.values()) / 4, dci["disentanglement"], dci["completeness"]
 
@@ -138,12 +72,13 @@ def scores(z, factors) -> tuple[float, float, float]:
 HADAMARD = torch.tensor([[1, 1, 1, 1], [1, -1, 1, -1], [1, 1, -1, -1], [1, -1, -1, 1]]) / 2
 
 
-@given(seeds)
-def test_disentanglement_is_high_if_aligned_low_if_rotated_0_for_noise(seed):
-    factors = factors_of(2000, seed)
-    generator = torch.Generator().manual_seed(seed)
+@settings(max_examples=10)
+@given(generators)
+def test_disentanglement_is_high_if_aligned_low_if_rotated_0_for_noise(generator):
+    factors = {name: torch.rand(2000, generator=generator) for name in "abc"}
+    factors["class"] = torch.randint(4, (2000,), generator=generator)
     noise = torch.randn(2000, 4, generator=generator)
-    aligned = torch.stack(list(factors.values()), dim=1).float()
+    aligned = torch.stack(list(factors.values()), dim=1)
     # Noise on top, for the values of a class are not enough to tell bins apart.
     aligned = metrics.standardize(aligned + 1e-3 * noise)
     assert min(scores(aligned, factors)) > 0.8
@@ -153,276 +88,289 @@ def test_disentanglement_is_high_if_aligned_low_if_rotated_0_for_noise(seed):
     assert max(metrics.mutual_information_gap(twice, factors).values()) < 0.01
     assert max(scores(aligned @ HADAMARD, factors)) < 0.3
     assert max(scores(noise, factors)) < 0.05
+    mixed = aligned @ HADAMARD + 0.3 * noise
+    changed = mixed[:, [2, 0, 3, 1]] * torch.tensor([0.25, 1, 8, 2]) - 1  # order, scale, place
+    assert scores(changed, factors) == pytest.approx(scores(mixed, factors), abs=1e-4)
 
 
-@given(seeds)
-def test_disentanglement_ignores_order_and_scale_of_codes(seed):
-    factors = factors_of(500, seed)
-    generator = torch.Generator().manual_seed(seed)
-    z = torch.stack(list(factors.values()), dim=1) @ torch.randn(4, 6, generator=generator)
-    z += 0.3 * torch.randn(500, 6, generator=generator)
-    order, scale = torch.randperm(6, generator=generator), 2.0 ** torch.arange(-3, 3)
-    assert scores(z[:, order] * scale - 1, factors) == pytest.approx(scores(z, factors), abs=1e-4)
-
-
-def test_one_latent_of_two_factors_is_complete_but_not_disentangled():
-    generator = torch.Generator().manual_seed(0)
-    factors = {name: torch.rand(5000, generator=generator) for name in "ab"}
-    both = (factors["a"] + factors["b"])[:, None]
-    noise = torch.randn(5000, 3, generator=generator)
-    dci = metrics.dci(torch.cat([both, noise], dim=1), factors)
+def test_dci_is_of_weights_fitted_on_one_half_and_of_errors_on_the_other():
+    a, b = torch.rand(2, 5000)
+    dci = metrics.dci(torch.cat([(a + b)[:, None], torch.randn(5000, 3)], dim=1), {"a": a, "b": b})
+    # One latent of two factors is complete, but not disentangled.
     assert dci["completeness"] > 0.95 and dci["disentanglement"] < 0.05
     assert dci["informativeness"] == pytest.approx(0.5, abs=0.1)
+    for half in (slice(2500), slice(2500, 5000)):  # in which alone the factor is known
+        z = torch.randn(5000, 2)
+        z[half, 0] = a[half] - 0.5
+        assert metrics.dci(z, {"a": a})["informativeness"] < 0.1
 
 
-@given(seeds)
-def test_the_lasso_satisfies_the_conditions_of_its_minimum(seed):
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(300, 6, generator=generator, dtype=torch.double)
+@given(generators)
+def test_the_lasso_satisfies_the_conditions_of_its_minimum(generator):
+    x, noise = torch.randn(2, 300, 6, generator=generator, dtype=torch.double)
     x[:, 1] += x[:, 0]  # correlated columns
     x = metrics.standardize(x)
     y = x @ torch.randn(6, 2, generator=generator, dtype=torch.double)
-    y = metrics.standardize(y + torch.randn(300, 2, generator=generator, dtype=torch.double))
+    y = metrics.standardize(y + noise[:, :2])
     w = metrics.lasso(x, y, penalty=0.1)
     gradient = x.T @ (y - x @ w) / len(x)
     assert (gradient.abs() <= 0.1 + 1e-6).all()
-    used = w != 0
-    assert torch.allclose(gradient[used], 0.1 * w[used].sign(), atol=1e-6)
+    assert torch.allclose(gradient[w != 0], 0.1 * w[w != 0].sign(), atol=1e-6)
 
 
-def test_the_kl_of_the_latents_adds_up_to_the_kl(drawn):
-    loader = Batches(drawn.images[:300], drawn.labels[:300], 70)
-    mu, logvar, labels = encode_all(VAE(), loader, "cpu")
-    assert torch.equal(labels, drawn.labels[:300]) and mu.shape == logvar.shape == (300, 20)
-    kl = kl_per_latent(mu, logvar)
-    assert kl.shape == (20,)
-    expected = kl_divergence_gaussian(mu, logvar).mean().item()
-    assert kl.sum().item() == pytest.approx(expected, rel=1e-5)
+def test_the_linear_probe_active_units_and_total_correlation():
+    def share(z, y):
+        return metrics.linear_probe(z[: len(z) // 2], y[: len(z) // 2], z[-100:], y[-100:])
 
-
-def test_the_linear_probe_finds_what_is_linear_and_nothing_in_noise():
-    labels = torch.arange(4000) % 10
-    codes = torch.randn(4000, 20)
-    assert metrics.linear_probe(codes[:3000], labels[:3000], codes[3000:], labels[3000:]) < 0.15
+    labels, codes = torch.arange(4000) % 10, torch.randn(4000, 20)
+    assert share(codes, labels) < 0.25
     codes[:, :10] += 20 * one_hot(labels)
-    assert metrics.linear_probe(codes[:3000], labels[:3000], codes[3000:], labels[3000:]) == 1
-    z, y = torch.randn(200, 1) + 10, torch.arange(200) % 2  # two classes, none of them around 0
-    z = z + 10 * y[:, None]
-    assert metrics.linear_probe(z, y, z, y) == 1
-
-
-def test_the_total_correlation_is_that_of_a_gaussian_and_0_if_independent():
+    assert share(codes, labels) == 1
+    two = torch.arange(200) % 2  # classes, none of them around 0
+    assert share(torch.randn(200, 1) + 10 + 10 * two[:, None], two) == 1
+    mu = torch.randn(1000, 4) * torch.tensor([1, 0.11, 0.09, 0]) + torch.tensor([0, 5, 5, 3])
+    assert metrics.active_units(mu) == 2
     z = torch.randn(50_000, 3)
     assert metrics.total_correlation(z) == pytest.approx(0, abs=1e-3)
     z[:, 1] = 0.6 * z[:, 0] + 0.8 * z[:, 1]  # two of correlation 0.6: -log(1 - 0.36) / 2 nats
     assert metrics.total_correlation(5 * z + 1) == pytest.approx(-math.log(0.64) / 2, abs=0.01)
 
 
-# --------------------------------------------------------------------- of samples
-
-
-@given(seeds, st.integers(1, 5))
-def test_precision_and_recall_are_1_if_identical_0_if_disjoint(seed, k):
-    generator = torch.Generator().manual_seed(seed)
+@given(generators, st.integers(1, 5))
+def test_precision_and_recall_are_1_if_identical_0_if_disjoint(generator, k):
     a, b = torch.randn(2, 100, 8, generator=generator)
-    assert metrics.precision_recall(a, a, k) == (1, 1, 1)
-    assert metrics.precision_recall(a, b + 100, k) == (0, 0, 0)
-    precision, recall, coverage = metrics.precision_recall(a, b, k)
-    assert metrics.precision_recall(b, a, k)[:2] == (recall, precision)
-    assert metrics.precision_recall(3 * a - 1, 3 * b - 1, k) == (precision, recall, coverage)
+    assert precision_recall(a, a, k) == (1, 1, 1) and precision_recall(a, b + 100, k) == (0, 0, 0)
+    precision, recall, coverage = precision_recall(a, b, k)
+    assert precision_recall(b, a, k)[:2] == (recall, precision)
+    assert precision_recall(3 * a - 1, 3 * b - 1, k) == (precision, recall, coverage)
 
 
-def test_a_missing_mode_costs_recall_and_an_invented_one_precision():
-    real = torch.cat([torch.randn(300, 8), torch.randn(100, 8) + 50])
-    half = torch.randn(400, 8)
-    precision, recall, coverage = metrics.precision_recall(real, half)
+def test_precision_recall_and_coverage_see_missing_and_invented_modes():
+    real, half = torch.cat([torch.randn(300, 8), torch.randn(100, 8) + 50]), torch.randn(400, 8)
+    precision, recall, coverage = precision_recall(real, half)
     assert precision > 0.7 and 0.5 < recall <= 0.75 and 0.5 < coverage <= 0.75
-    precision, recall, coverage = metrics.precision_recall(half, real)
+    precision, recall, coverage = precision_recall(half, real)
     assert 0.5 < precision <= 0.75 and recall > 0.7 and coverage > 0.7
     # One image far out has a ball around everything: recall believes it, coverage does not.
     outlier = torch.cat([torch.full((1, 8), 1000.0), half[:3] + 3000])
-    assert metrics.precision_recall(half, outlier)[1:] == (1, 0)
-
-
-def test_precision_is_the_share_within_the_k_nearest_neighbours():
-    real = torch.tensor([[0.0], [1.0], [3.0], [10.0]])
-    generated = torch.tensor([[-0.9], [4.9], [18.0]])
-    # Radii of the real points: k = 1: 1, 1, 2, 7; k = 2: 3, 2, 3, 9.
-    # -0.9 is in the ball of 0 only, 4.9 in those of 3 and 10, 18 in that of 10 if k is 2.
-    precision, _, coverage = metrics.precision_recall(real, generated, k=1)
-    assert (precision, coverage) == pytest.approx((2 / 3, 3 / 4))
-    precision, _, coverage = metrics.precision_recall(real, generated, k=2)
-    assert (precision, coverage) == (1, 1)
+    assert precision_recall(half, outlier)[1:] == (1, 0)
+    # Radii of real points: k = 1: 1, 1, 2, 7; k = 2: 3, 2, 3, 9. So -0.9 is in the ball of 0
+    # only, 4.9 in those of 3 and 10, 18 in that of 10 if k is 2.
+    real, generated = torch.tensor([[0.0], [1], [3], [10]]), torch.tensor([[-0.9], [4.9], [18]])
+    assert precision_recall(real, generated, 1)[::2] == pytest.approx((2 / 3, 3 / 4))
+    assert precision_recall(real, generated, 2)[::2] == (1, 1)
 
 
 def test_sample_quality_sees_confidence_and_classes():
-    class Sure(metrics.Classifier):
-        """Reads its class from the first pixel, with certainty."""
-
-        def features(self, x):
-            return x.flatten(1)
-
-        def forward(self, x):
-            return torch.log(F.one_hot((x.flatten(1)[:, 0] * 10).long(), 10) + 1e-12)
-
-    real = torch.cat([torch.rand(100, 784), torch.rand(100, 784) + 10])
-    images = torch.rand(200, 784)
+    sure = metrics.Classifier()  # of the class that it reads from the first pixel
+    sure.features = lambda x: x.flatten(1)
+    sure.forward = lambda x: torch.log(one_hot(x.flatten(1)[:, 0] * 10) + 1e-12)
+    real, images = torch.rand(200, 784), torch.rand(200, 784)
+    real[100:] += 10
     images[:, 0] = torch.arange(200) % 5 / 10 + 0.05
-    quality = metrics.sample_quality(Sure(), images, real)
-    assert quality["confidence"] == pytest.approx(1)
-    assert quality["class entropy"] == pytest.approx(math.log(5))
+    quality = metrics.sample_quality(sure, images, real)
+    assert (quality["confidence"], quality["class entropy"]) == pytest.approx((1, math.log(5)))
     # Nothing is like the other half of what is real.
-    assert quality["precision"] > 0.5 >= quality["recall"] > 0.25
-    assert quality["coverage"] <= 0.5
+    assert quality["precision"] > 0.5 >= quality["recall"] > 0.25 and quality["coverage"] <= 0.5
 
 
 def test_the_classifier_learns_in_the_projects_loop(drawn):
     model = metrics.Classifier()
-    loader = Batches(drawn.images[:2000], drawn.labels[:2000], 50, shuffle=True)
-    test_loader = Batches(drawn.images[2000:3000], drawn.labels[2000:3000], 1000)
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     for _ in range(3):
+        loader = Batches(drawn.images[:2000], drawn.labels[:2000], 50, shuffle=True)
         train.train_epoch(model, loader, optimizer, "cpu")
-    loss, errors, _ = train.test_epoch(model, test_loader, "cpu")
-    images, labels = drawn.images[2000:3000] / 255, drawn.labels[2000:3000]
-    right = (model(images).argmax(dim=1) == labels).float().mean().item()
+    images, labels = drawn.images[2000:3000], drawn.labels[2000:3000]
+    loss, errors, _ = train.test_epoch(model, Batches(images, labels, 400), "cpu")
+    logits = model.head(model.features(images / 255))
+    right = (logits.argmax(dim=1) == labels).float().mean().item()
     assert errors == pytest.approx(1 - right, abs=1e-6) and right > 0.85
-    expected = F.cross_entropy(model.head(model.features(images)), labels).item()
-    assert loss == pytest.approx(expected, rel=1e-4)
+    assert loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
 
 
-# --------------------------------------------------------------- conditional VAE
-
-
-def test_labels_reach_both_networks_of_the_conditional_vae(drawn):
-    model = ConditionalVAE()
-    x, labels = drawn.images[:64] / 255, drawn.labels[:64]
-    model.loss(x, labels)[0].backward()
-    for layer in (model.encoder.hidden[0], model.decoder[0]):
-        reached = layer.weight.grad[:, -10:].abs().sum(dim=0) > 0
-        assert reached.tolist() == [digit in labels for digit in range(10)]
-    with torch.no_grad():
-        y, others = one_hot(labels), one_hot((labels + 1) % 10)
-        mu, logvar = model.encode(x, y)
-        assert mu.shape == logvar.shape == (64, 20)
-        assert ((model.encode(x, others)[0] - mu).abs().sum(dim=1) > 0).all()
-        images, changed = (model.decode(torch.cat([mu, label], dim=1)) for label in (y, others))
-        assert images.shape == (64, 784)
-        assert ((images - changed).abs().sum(dim=1) > 0).all()
-
-
-def test_the_loss_of_the_conditional_vae_is_that_of_its_parts(drawn):
-    model = ConditionalVAE()
-    x, labels = drawn.images[:8] / 255, drawn.labels[:8]
+def test_labels_reach_both_networks_of_the_conditional_vae_and_its_loss(drawn):
+    model, x, labels = ex3.ConditionalVAE(), drawn.images[:64] / 255, drawn.labels[:64]
     torch.manual_seed(1)
     terms = model.loss(x, labels, 3.0)
     torch.manual_seed(1)
     x_logits, mu, logvar = model(x, one_hot(labels))
     assert torch.equal(torch.stack(terms), torch.stack(vae_loss(x_logits, x, mu, logvar, 3.0)))
+    terms[0].backward()
+    for layer in (model.encoder.fc1, model.decoder_fc1):
+        reached = layer.weight.grad[:, -10:].abs().sum(dim=0) > 0
+        assert reached.tolist() == [digit in labels for digit in range(10)]
+    y, others = one_hot(labels), one_hot((labels + 1) % 10)
+    assert ((model.encode(x, others)[0] - mu).abs().sum(dim=1) > 0).all()
+    images, changed = (model.decode(torch.cat([mu, label], dim=1)) for label in (y, others))
+    assert images.shape == (64, 784) and ((images - changed).abs().sum(dim=1) > 0).all()
 
 
 def test_the_conditional_vae_draws_what_it_is_asked_for():
-    """Two classes of plain images, told apart by the label alone."""
-    x = torch.zeros(64, 784)
-    labels = torch.arange(64) % 2
-    x[labels == 1, :392] = 1
-    model = ConditionalVAE(hidden_dim=32, latent_dim=2)
+    """Ten plain images, told apart by the label alone, at a beta that keeps it out of z."""
+    x, labels = torch.zeros(10, 28, 28), torch.arange(60) % 10
+    for digit in range(10):
+        x[digit, 2 * digit : 2 * digit + 8] = 1
+    model = ex3.ConditionalVAE(hidden_dim=32, latent_dim=2)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(200):
+    for _ in range(100):
         optimizer.zero_grad()
-        model.loss(x, labels)[0].backward()
+        model.loss(x[labels], labels, 100.0)[0].backward()
         optimizer.step()
-    means = model.sample(torch.arange(100) % 2)[:, :392].view(50, 2, -1).mean(dim=(0, 2))
-    assert means[0] < 0.1 and means[1] > 0.9
+    assert (model.sample(labels) - x[labels].flatten(1)).abs().mean(dim=1).max() < 0.1
 
 
-# ------------------------------------------------- squared errors as likelihoods
-
-
-@given(st.floats(0.5, 200), st.floats(0.2, 5))
-def test_the_best_gaussian_is_a_density_and_no_variance_beats_it(error, factor):
-    def negative_log_density(variance):  # of 100 pixels that are all off by the same
-        off = torch.full((100,), (error / 100) ** 0.5, dtype=torch.float64)
-        return -Normal(0, variance**0.5).log_prob(off).sum().item()
-
-    best = best_gaussian(torch.tensor(error, dtype=torch.float64), 100).item()
-    assert best == pytest.approx(negative_log_density(error / 100), abs=1e-3)
-    assert negative_log_density(factor * error / 100) >= best - 1e-3
-
-
-@given(st.floats(0.01, 2))
-def test_the_squared_error_with_a_beta_is_a_gaussian_of_variance_half_of_it(beta):
-    """Their gradients are the same up to the factor beta."""
-    x = torch.rand(5, 784)
-    gradients = []
-    for kind in ("mse", "gaussian"):
-        torch.manual_seed(2)
-        model = VAE(hidden_dim=8)
-        x_logits, mu, logvar = model(x)
-        if kind == "mse":
-            total = vae_loss(x_logits, x, mu, logvar, beta, squared_error)[0]
-        else:
-            pixels = Normal(torch.sigmoid(x_logits), (beta / 2) ** 0.5)
-            kl = kl_divergence_gaussian(mu, logvar).sum()
-            total = beta * (kl - pixels.log_prob(x).sum())
-        total.backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-    assert torch.allclose(*gradients, rtol=1e-3, atol=1e-4)
-
-
-def test_the_sigma_vae_uses_the_variance_of_its_batch(drawn):
-    model = SigmaVAE()
-    x, labels = drawn.images[:50] / 255, drawn.labels[:50]
+def test_the_sigma_vae_has_the_variance_that_is_best_for_its_batch(drawn):
+    model, x, labels = ex4.SigmaVAE(), drawn.images[:50] / 255, drawn.labels[:50]
     torch.manual_seed(1)
     total, recon, kl = model.loss(x, labels, 2.0)
     torch.manual_seed(1)
     x_logits, mu, logvar = model(x)
-    off = (x.flatten(1) - torch.sigmoid(x_logits)).detach()
-    density = Normal(0, off.pow(2).mean().sqrt()).log_prob(off).sum().item()
-    assert recon.item() == pytest.approx(-density, rel=1e-4)
-    assert kl.item() == pytest.approx(kl_divergence_gaussian(mu, logvar).sum().item(), rel=1e-5)
-    assert total.item() == pytest.approx(recon.item() + 2 * kl.item(), rel=1e-5)
+    off = x.flatten(1) - torch.sigmoid(x_logits)
+    std = off.pow(2).mean().sqrt()
+    best, *others = (-Normal(0, s * std).log_prob(off).sum() for s in (1, 0.95, 1.05))
+    torch.testing.assert_close(recon, best, rtol=1e-4, atol=0)
+    assert min(others) > best
+    expected = kl_divergence(Normal(mu, logvar.exp().sqrt()), Normal(0, 1)).sum()
+    torch.testing.assert_close((kl, total), (expected, best + 2 * expected), rtol=1e-4, atol=0)
 
 
-# ------------------------------------------------------------------ rows of pixels
-
-
-@given(st.integers(0, 27))
-def test_a_row_is_predicted_from_the_code_and_the_rows_above_it(row):
-    model = RowVAE()
-    z, x = torch.randn(2, 20), torch.rand(2, 1, 28, 28)
-    with torch.no_grad():
-        logits = model.decode_logits(z, x)
-        assert logits.shape == (2, 28, 28)
+def test_a_row_is_predicted_from_the_code_and_the_rows_above_it(drawn):
+    model, z, x = ex5.RowVAE(), torch.randn(2, 20), torch.rand(2, 1, 28, 28)
+    logits = model.decode_logits(z, x)
+    assert logits.shape == (2, 28, 28)
+    assert (model.decode_logits(z + 1, x)[:, 0] != logits[:, 0]).any()
+    for row in range(28):
         changed = x.clone()
         changed[:, :, row] = 1 - changed[:, :, row]
         after = model.decode_logits(z, changed)
         assert torch.equal(after[:, : row + 1], logits[:, : row + 1])
-        if row < 27:
-            assert (after[:, row + 1] != logits[:, row + 1]).any()
-        assert (model.decode_logits(z + 1, x)[:, 0] != logits[:, 0]).any()
-
-
-def test_the_row_vae_learns_in_the_projects_loop(drawn):
-    model = RowVAE()
+        assert row == 27 or (after[:, row + 1] != logits[:, row + 1]).any()
     loader = Batches(drawn.images[:500], drawn.labels[:500], 50)
     before = train.test_epoch(model, loader, "cpu")
     trained = train.train_epoch(model, loader, torch.optim.Adam(model.parameters(), 2e-3), "cpu")
     assert train.test_epoch(model, loader, "cpu")[0] < trained[0] < before[0]
 
 
-# ------------------------------------------------------------------------- sweeps
+@pytest.fixture
+def solve(mnist_root, tmp_path, monkeypatch):
+    """Run an exercise's main function, small; return what it has written as JSON."""
 
+    def solve(exercise, *options):
+        options = "--data-dir", mnist_root, "--limit=300", "--seeds=0", "--epochs=2", *options
+        result = run_here(lambda argv: common.run(lambda: exercise.main(argv)), *options)
+        assert result.returncode == 0, result.stderr
+        path, = Path("runs/exercises").glob(f"{exercise.__name__}-*-epochs2-seeds0-limit300.json")
+        assert path.with_suffix(".md").read_text() in result.stdout
+        return json.loads(path.read_text())
 
-def test_the_table_has_mean_and_spread_of_every_setting():
-    rows = [{"beta": b, "kl": v} for b, v in ((1, 2.0), (4, 1.0), (1, 4.0), (4, 1.0))]
-    table = markdown_table(rows, "beta", {"kl": ".2f"}).splitlines()
-    assert table == ["| beta | kl |", "| --- | --- |", "| 1 | 3.00 ± 1.41 |", "| 4 | 1.00 ± 0.00 |"]
-    assert markdown_table(rows[:2], "beta", {"kl": ".1f"}).endswith("| 4 | 1.0 |")
-
-
-def test_an_interrupted_sweep_goes_on_where_it_was(mnist_root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    return solve
+
+
+def trained(kind: str, *inputs) -> tuple:
+    """The model of a run that has just been trained, and q(z|x) of these inputs."""
+    model = train.load_run(f"runs/exercises/{kind}-epochs2")[0].requires_grad_(False)
+    mu, logvar = model.encode(*inputs)
+    return model, Normal(mu, torch.exp(0.5 * logvar))
+
+
+def kl_and_active_units(q: Normal) -> tuple:
+    kl = kl_divergence(q, Normal(0, 1)).sum(dim=1).mean().item()
+    return pytest.approx(kl, rel=1e-4), (q.loc.numpy().var(axis=0) > 0.01).sum()
+
+
+def probe(train_q: Normal, labels, q: Normal, test_labels):
+    """The share of classes that a linear map finds in draws; the draws of test images."""
+    torch.manual_seed(0)
+    z, test_z = (part.loc + part.scale * torch.randn_like(part.loc) for part in (train_q, q))
+    with_bias = [np.pad(part.numpy(), ((0, 0), (0, 1)), constant_values=1) for part in (z, test_z)]
+    weights = np.linalg.lstsq(with_bias[0], np.eye(10)[labels], rcond=None)[0]
+    share = np.mean((with_bias[1] @ weights).argmax(axis=1) == test_labels.numpy())
+    return pytest.approx(share, abs=0.007), test_z
+
+
+def confidence(classifier, images):
+    p = torch.softmax(classifier.head(classifier.features(images)), dim=1)
+    return pytest.approx(p.amax(dim=1).mean().item(), rel=1e-4)
+
+
+def test_exercise_1_compares_codes_with_factors(solve, tmp_path, monkeypatch):
+    monkeypatch.setattr(ex1, "BETAS", (1, 8))
+    monkeypatch.setitem(data.DRAWN, "digits", (draw.draw_digits, 600, 300))
+    rows = solve(ex1, "--dataset=digits", "--data-dir", tmp_path)["rows"]
+    (images, _, factors), (test_images, *_) = load_dataset("digits", tmp_path)
+    factors.pop("glyph")
+    for row, kind in zip(rows, ("digits-mlp", "digits-mlp-beta8"), strict=True):
+        _, q = trained(f"{kind}-limit300", test_images / 255)
+        assert (row["KL"], row["active units"]) == kl_and_active_units(q)
+        assert row["recon + KL"] == pytest.approx(row["recon"] + row["KL"])
+        _, q = trained(f"{kind}-limit300", images / 255)
+        torch.manual_seed(0)
+        z = q.loc + q.scale * torch.randn_like(q.loc)
+        logdet = np.linalg.slogdet(np.corrcoef(z.double().numpy().T))[1]
+        assert row["total correlation"] == pytest.approx(-logdet / 2, rel=1e-3)
+        gaps = metrics.mutual_information_gap(z, factors)
+        assert row["MIG of each factor"] == pytest.approx(gaps, abs=1e-3)
+        means = metrics.dci(z, factors) | {"MIG": np.mean([*gaps.values()])}
+        assert {key: row[key] for key in means} == pytest.approx(means, abs=1e-3)
+    assert len([*Path("runs/exercises").glob("*.png")]) == 4
+
+
+def test_exercise_2_shows_samples_to_a_classifier(solve, mnist_root, monkeypatch):
+    monkeypatch.setattr(ex2, "LATENT_DIMS", (2, 5))
+    found = solve(ex2)
+    x, labels, _ = load_dataset("mnist", mnist_root)[1]
+    x, (classifier, _) = x / 255, train.load_run("runs/exercises/mnist-classifier-limit300-epochs2")
+    right = (classifier.head(classifier.features(x)).argmax(dim=1) == labels).sum().item()
+    assert found["classifier_accuracy"] == pytest.approx(right / 300)
+    assert found["other_test_images"]["confidence"] == confidence(classifier, x[1::2])
+    for row, latent_dim in zip(found["rows"], (2, 5), strict=True):
+        model, q = trained(f"mnist-mlp-latent-dim{latent_dim}-limit300", x)
+        assert (row["KL"], row["active units"]) == kl_and_active_units(q)
+        torch.manual_seed(0)
+        samples = model.decode(torch.randn(150, latent_dim))
+        assert row["confidence"] == confidence(classifier, samples)
+
+
+def test_exercise_3_asks_for_classes(solve, mnist_root, monkeypatch):
+    monkeypatch.setattr(ex3, "KINDS", {k: ex3.KINDS[k] for k in ("VAE", "CVAE, beta 1")})
+    classifier, project = metrics.Classifier(), torch.randn(784, 10)
+    classifier.forward = lambda x: F.log_softmax((x - x.mean(0)).flatten(1) @ project, dim=1)
+    monkeypatch.setattr(ex3, "train_classifier", lambda args: (classifier, 0.5))
+    vae, cvae = solve(ex3)["rows"]
+    (x, labels, _), (test_x, test_labels, _) = load_dataset("mnist", mnist_root)
+    for row, kind, conditions in ((vae, "mlp", []), (cvae, "cvae", [labels, test_labels])):
+        y = [[one_hot(part)] for part in conditions] or [[], []]
+        _, train_q = trained(f"mnist-{kind}-limit300", x / 255, *y[0])
+        model, q = trained(f"mnist-{kind}-limit300", test_x / 255, *y[1])
+        share, z = probe(train_q, labels, q, test_labels)
+        assert row["class found in z"] == share and row["KL"] == kl_and_active_units(q)[0]
+    for style, z in (("random", torch.randn(300, 20)), ("real", z)):
+        images = model.decode(torch.cat([z, torch.eye(10).repeat(30, 1)], dim=1))
+        right = (classifier(images).argmax(dim=1) == torch.arange(10).repeat(30)).sum().item()
+        assert cvae[f"asked, {style} style"] == pytest.approx(right / 300)
+
+
+def test_exercise_4_judges_by_both_losses(solve, mnist_root):
+    found = solve(ex4)
+    x = load_dataset("mnist", mnist_root)[1].images / 255
+    model, q = trained("mnist-mlp-beta0.1-reconmse-limit300", x)
+    torch.manual_seed(0)
+    logits = model.decode_logits(q.loc + q.scale * torch.randn(300, 20))
+    off, x = x.flatten(1) - torch.sigmoid(logits), x.flatten(1)
+    bce = -Bernoulli(logits=logits, validate_args=False).log_prob(x).sum().item() / 300
+    variance, kl = off.pow(2).mean().item(), kl_and_active_units(q)[0].expected
+    density = -Normal(0, variance**0.5).log_prob(off).sum().item() / 300
+    expected = {"BCE": bce, "squared error": 784 * variance, "KL": kl, "BCE + KL": bce + kl,
+                "best variance": variance, "-ELBO, Gaussian": density + kl}
+    row, = (row for row in found["rows"] if row["loss"] == "mse, variance 0.05")
+    assert {key: row[key] for key in expected} == pytest.approx(expected, rel=1e-4)
+    way = sorted((row["loss"], row["epochs"]) for row in found["on_the_way"])
+    assert way == sorted({(loss, 2) for loss in ex4.LOSSES} | {(loss, 1) for loss in ex4.FOLLOWED})
+
+
+def test_exercise_5_anneals_and_goes_on_where_it_was(solve, mnist_root, monkeypatch):
+    """Four models, two epochs each; with fewer than five, the annealing is as short."""
     train_epoch, calls = train.train_epoch, []
 
     def counted(*args):
@@ -432,37 +380,51 @@ def test_an_interrupted_sweep_goes_on_where_it_was(mnist_root, tmp_path, monkeyp
         return train_epoch(*args)
 
     monkeypatch.setattr(train, "train_epoch", counted)
-    options = ["--data-dir", mnist_root, "--epochs", "2", "--seeds", "0", "--limit", "256"]
-    assert run_here(ex5_kl_annealing.main, *options).returncode == 130
-    result = run_here(ex5_kl_annealing.main, *options)
-    # Four models, two epochs each; the fourth call was lost, and with it nothing else.
-    assert result.returncode == 0 and len(calls) == 4 * 2 + 1, result.stderr
-    results = tmp_path / "runs/exercises/ex5_kl_annealing-mnist-epochs2-seeds0-limit256"
-    first = json.loads(results.with_suffix(".json").read_text())
-    assert run_here(ex5_kl_annealing.main, *options).stdout == result.stdout
-    assert len(calls) == 4 * 2 + 1
-    runs = [row["run"] for row in first["rows"]]
-    assert runs == ["mlp", "mlp, annealed", "rows", "rows, annealed"]
-    assert results.with_suffix(".png").stat().st_size > 0
-    assert results.with_suffix(".md").read_text() in result.stdout
+    with pytest.raises(AssertionError, match="the same command goes on from there"):
+        solve(ex5)
+    found = solve(ex5)
+    assert len(calls) == 4 * 2 + 1  # the fourth call was lost, and with it nothing else
+    assert solve(ex5) == found and len(calls) == 4 * 2 + 1
+    names = ["mlp", "mlp, annealed", "rows", "rows, annealed"]
+    assert [row["run"] for row in found["rows"]] == [*found["curves"]] == names
+    assert [row["beta"] for row in found["curves"]["rows, annealed"][0]] == [0.5, 1]
+    assert [train.kl_weight(epoch, 3) for epoch in (1, 2, 3, 4)] == [1 / 3, 2 / 3, 1, 1]
+    (x, labels, _), (test_x, test_labels, _) = load_dataset("mnist", mnist_root)
+    for row, kind in zip(found["rows"][1::2], ("mlp", "rows")):
+        (_, train_q), (_, q) = (
+            trained(f"mnist-{kind}-kl-anneal2-limit300", part / 255) for part in (x, test_x))
+        assert (row["KL"], row["active units"]) == kl_and_active_units(q)
+        assert row["class found in z"] == probe(train_q, labels, q, test_labels)[0]
 
 
-def test_a_quick_look_does_not_overwrite_the_full_results():
-    def name(*options):
-        return common.parse_args(list(options), "ex1", "", ("mnist", "digits")).name
+def test_sums_tables_and_the_names_of_results():
+    history = [{}, {"test_loss": 100.0, "test_recon": 60.0, "test_kl": 10.0}]  # beta was 4
+    assert common.last_test(history) == {"recon + KL": 70, "recon": 60, "KL": 10}
+    rows = [{"beta": b, "kl": v} for b, v in ((1, 2.0), (4, 1.0), (1, 4.0), (4, 1.0))]
+    table = common.markdown_table(rows, "beta", {"kl": ".2f"}).splitlines()
+    assert table == ["| beta | kl |", "| --- | --- |", "| 1 | 3.00 ± 1.41 |", "| 4 | 1.00 ± 0.00 |"]
+    assert common.markdown_table(rows[:2], "beta", {"kl": ".1f"}).endswith("| 4 | 1.0 |")
+    name = lambda text: common.parse_args(text.split(), "ex1", "", ("mnist", "digits")).name
+    assert name("") == name("--seeds 0 1 2 2") == "ex1-mnist"
+    assert name("--dataset digits --epochs 1") == "ex1-digits-epochs1"
+    assert name("--seeds 0 3 --limit 60") == "ex1-mnist-seeds0-3-limit60"
 
-    assert name() == name("--seeds", "0", "1", "2", "2") == "ex1-mnist"
-    assert name("--dataset", "digits") == "ex1-digits"
-    assert name("--epochs", "1", "--seeds", "0", "3", "--limit", "60") == (
-        "ex1-mnist-epochs1-seeds0-3-limit60"
-    )
 
-
-def test_the_answers_quote_the_tables_of_the_results():
+def test_the_answers_quote_tables_that_follow_from_every_run():
     answers = (PROJECT / "exercises/README.md").read_text()
     tables = sorted((PROJECT / "exercises/results").glob("*.md"))
     assert len(tables) >= 7
-    for table in tables:
-        assert table.read_text().strip() in answers, table.name
-        asked = json.loads(table.with_suffix(".json").read_text())
-        assert asked["seeds"] == [0, 1, 2] and asked["limit"] is None
+    for path in tables:
+        table, found = path.read_text().strip(), json.loads(path.with_suffix(".json").read_text())
+        assert table in answers and found["seeds"] == [0, 1, 2] and found["limit"] is None
+        cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+        (key, *measures), _, *lines = cells
+        assert [line[0] for line in lines] == [str(row[key]) for row in found["rows"][::3]]
+        for i, (_, *line) in enumerate(lines):
+            rows = found["rows"][3 * i : 3 * i + 3]
+            assert len({row[key] for row in rows}) == 1 and [r["seed"] for r in rows] == [0, 1, 2]
+            for measure, cell in zip(measures, line, strict=True):
+                digits = len(cell.partition(" ")[0].partition(".")[2])
+                values = [row[measure] for row in rows if measure in row]
+                both = (np.mean(values), np.std(values, ddof=1)) if values else ()
+                assert cell == " ± ".join(f"{value:.{digits}f}" for value in both)

@@ -1,137 +1,178 @@
-"""Faster, and on several processes: the same numbers."""
+"""In several processes and in bfloat16: the same numbers."""
 
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import PROJECT, assert_user_error, overfit, run_here
+from torch.distributions import Normal, kl_divergence
 from torch.nn.utils import parameters_to_vector
 
-import data
 import train
 from ae import Autoencoder
-from vae import VAE, CelebAVAE, ConvVAE, kl_divergence_gaussian
+from vae import VAE, CelebAVAE, ConvVAE
 
-CPU = torch.device("cpu")
+AE = ["--model", "ae", "--batch-size", 50, "--limit", 402]  # its last batch: an image for each
+MLP = ["--batch-size", 50, "--epochs", 3]
+# Each process has a disk of its own, and the data folder that a run names for it. It keeps of every
+# run the losses, a digest of the weights, and of each epoch the labels and some noise.
+PROCESS = """
+import hashlib, json, os, pathlib, sys, torch, data, train
 
+def train_epoch(model, batches, *rest):
+    batches = list(batches)
+    with torch.random.fork_rng():
+        epochs.append([[labels.tolist() for _, labels in batches], torch.randn(3).tolist()])
+    return real_epoch(model, batches, *rest)
 
-# ------------------------------------------------------------------- two processes
+def train_run(args):
+    folder, model, config, history, *rest = real_run(args)
+    content = b"".join(value.numpy().tobytes() for value in model.state_dict().values())
+    losses = [row | {"seconds": 0} for row in history]
+    kept[str(folder)] = config, losses, hashlib.sha256(content).hexdigest(), epochs
+    return folder, model, config, history, *rest
 
-
-AE = ["--model", "ae", "--limit", 401, "--batch-size", 50]
-MLP = ["--epochs", 3, "--batch-size", 50]
-RUN_ALL = """
-import json, sys, train, viz
-viz.draw_run = lambda *args: None
-train.run_cli(lambda: [train.main(options) for options in json.loads(sys.argv[1])])
+rank, kept, real_run, real_epoch = os.environ["RANK"], {}, train.train_run, train.train_epoch
+train.train_run, train.train_epoch, train.draw_run = train_run, train_epoch, lambda *run: None
+data.DRAWN = {name: (draw, 30, 21) for name, (draw, *_) in data.DRAWN.items()}
+data.IDX_MIRRORS["mnist"] = []
+os.chdir(f"disk{rank}")
+for folders, options in json.loads(sys.argv[1]):
+    os.environ["VAE_DATA_DIR"], epochs = folders[int(rank)], []
+    if "end" in options:
+        pathlib.Path("kept.json").write_text(json.dumps(kept))
+        train.run_cli(lambda: train.main(options))
+    try:
+        train.main(options)
+    except (train.UserError, SystemExit) as error:
+        kept[options[-1]] = repr(error)
 """
 
 
 @pytest.fixture(scope="module")
-def two(mnist_root, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
-    """Runs under torchrun, one after the other, since a start takes seconds: an autoencoder that
-    goes on after its first epoch, a VAE, and one that fails. The folder that they are in."""
-    folder = tmp_path_factory.mktemp("two")
-    (folder / "taken").mkdir()
-    (folder / "taken" / "checkpoint.pt").touch()  # only the first process looks for it
+def two(mnist_root, tmp_path_factory):
+    """Runs under torchrun, one after the other, as a start takes seconds. Returns the folder of the
+    disks, what each process kept, and how it ended."""
+    home = tmp_path_factory.mktemp("two")
+    for folder in ("disk0/taken", "disk1", "none0", "none1"):
+        (home / folder).mkdir(parents=True)
+    both, none = [str(mnist_root)] * 2, [str(home / "none0"), str(home / "none1")]
     runs = [
-        [*AE, "--out", folder / "ae", "--epochs", 1],
-        [*AE, "--out", folder / "ae", "--epochs", 3, "--resume"],
-        [*MLP, "--out", folder / "mlp"],
-        [*MLP, "--out", folder / "taken"],
+        (both, [*AE, "--epochs", 1, "--out", "ae"]),
+        (both, [*AE, "--epochs", 3, "--resume", "--out", "ae"]),  # the second one's disk has none
+        (both, [*AE[:-1], 401, "--epochs", 2, "--seed", 1, "--out", "odd"]),
+        (both, [*MLP, "--out", "mlp"]),
+        (none, ["--dataset", "faces", "--epochs", 1, "--batch-size", 10, "--out", "faces"]),
+        (both, [*MLP, "--out", "taken"]),
+        ([none[0], both[1]], [*MLP, "--fallback", "digits", "--out", "fallback"]),
+        ([both[0], none[1]], [*MLP, "--fallback", "digits", "--out", "end"]),
     ]
-    runs = [[str(option) for option in [*run, "--data-dir", mnist_root]] for run in runs]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += ["--no-python", sys.executable, "-c", RUN_ALL, json.dumps(runs)]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        command, cwd=PROJECT, env=env, capture_output=True, text=True, timeout=300
-    )
-    assert result.stdout.count("saved in") == 3, result  # only one of them prints
-    return folder, result
+    runs = json.dumps([(folders, list(map(str, options))) for folders, options in runs])
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               "--no-python", sys.executable, "-c", PROCESS, runs]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
+    end = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, timeout=300)
+    kept = [path.read_text() for path in sorted(home.glob("disk?/kept.json"))]
+    assert len(kept) == 2, end.stderr
+    return home, list(map(json.loads, kept)), end
 
 
-def losses(folder) -> torch.Tensor:
-    history = train.load_run(folder)[1]["history"]
-    return torch.tensor([[row[k] for k in row if k.endswith("_loss")] for row in history])
+def losses(history):
+    return torch.tensor([[row["train_loss"], row["test_loss"]] for row in history])
 
 
 @pytest.mark.usefixtures("no_figures")
 def test_two_processes_train_an_autoencoder_to_the_numbers_of_one(two, tmp_path, mnist_root):
-    """It draws no noise. Of the last batch one process gets an image, and the other none."""
-    folder, options = two[0] / "ae", [*AE, "--data-dir", mnist_root, "--epochs", 3]
-    assert run_here(train.main, *options, "--out", tmp_path).returncode == 0
-    torch.testing.assert_close(losses(folder), losses(tmp_path), rtol=1e-5, atol=0)
-    weights = [parameters_to_vector(train.load_run(f)[0].parameters()) for f in (folder, tmp_path)]
+    """It draws no noise."""
+    folder, common = two[0] / "disk0" / "ae", [*AE, "--data-dir", mnist_root, "--epochs", 3]
+    assert run_here(train.main, *common, "--out", tmp_path / "one").returncode == 0
+    (model, run), (other, alone) = map(train.load_run, (folder, tmp_path / "one"))
+    torch.testing.assert_close(losses(run["history"]), losses(alone["history"]), rtol=1e-5, atol=0)
+    weights = (parameters_to_vector(m.parameters()) for m in (model, other))
     torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-5)
-    other = run_here(train.main, *options, "--out", folder, "--resume")
-    assert_user_error(other, "processes 2, not 1")
+    resumed = run_here(train.main, *common, "--out", folder, "--resume")
+    assert_user_error(resumed, "processes 2, not 1")
 
 
 @pytest.mark.usefixtures("no_figures")
 def test_two_processes_train_a_vae_to_the_losses_of_one_within_the_noise(two, tmp_path, mnist_root):
     found = []
-    for seed in (0, 1, 2):
-        options = [*MLP, "--data-dir", mnist_root, "--out", tmp_path / str(seed), "--seed", seed]
+    for folder in (tmp_path / seed for seed in "012"):
+        options = [*MLP, "--data-dir", mnist_root, "--seed", folder.name, "--out", folder]
         assert run_here(train.main, *options).returncode == 0
-        found.append(losses(tmp_path / str(seed)))
-    mean, std = torch.stack(found).mean(dim=0), torch.stack(found).std(dim=0)
-    assert ((losses(two[0] / "mlp") - mean).abs() <= 5 * std + 0.02 * mean).all()
+        found.append(losses(train.load_run(folder)[1]["history"]))
+    std, mean = torch.std_mean(torch.stack(found), dim=0)
+    assert ((losses(two[1][0]["mlp"][1]) - mean).abs() <= 5 * std + 0.02 * mean).all()
 
 
-def test_what_ends_one_process_ends_all_with_its_message(two):
-    folder, result = two
-    assert result.returncode != 0
-    assert re.search("^error: --out .*holds a run already", result.stderr, re.MULTILINE)
-    assert os.listdir(folder / "taken") == ["checkpoint.pt"]
+def test_the_first_process_decides_and_the_others_follow(two):
+    """Which data, from which epoch on, whether a run is in the way. In the end all have the same
+    weights, those of BatchNorm, too; and the first one alone has printed and written."""
+    home, (first, second), end = two
+    runs = {"ae": "mnist", "odd": "mnist", "mlp": "mnist", "faces": "faces", "fallback": "digits"}
+    for name, dataset in runs.items():
+        (config, *same), (other, *as_first) = first[name][:3], second[name][:3]
+        assert config["dataset"] == other["dataset"] == dataset and same == as_first
+        assert config["processes"] == 2 and len(first[name][1]) == config["epochs"]
+    config = json.loads((home / "disk0" / "fallback" / "config.json").read_text())
+    assert config["notice"] == "built-in digits, not mnist" and config["dataset"] == "digits"
+    assert "taken: is there already" in first["taken"] and second["taken"] == "SystemExit(2)"
+    assert os.listdir(home / "disk0" / "taken") == []
+    assert os.listdir(home / "disk1") == ["kept.json"] and end.stdout.count("\nepoch") == 12
 
 
-def test_the_noise_of_the_processes_differs_but_not_their_order(monkeypatch):
-    """Both start from one seed, and each gets its part of the same batches."""
-    images, labels = torch.arange(10).view(10, 1, 1, 1).byte(), torch.arange(10)
-    monkeypatch.setattr(train, "PROCESSES", 2)
-    parts, noise = [], []
-    for rank in (0, 1):
-        monkeypatch.setattr(train, "RANK", rank)
-        torch.manual_seed(7)
-        batches = train.with_own_noise(data.Batches(images, labels, 7, shuffle=True))
-        parts.append([train.share(labels).tolist() for _, labels in batches])
-        noise.append(torch.randn(3))
-    torch.manual_seed(7)
-    order = torch.randperm(10).tolist()
-    assert parts == [[order[:7:2], order[7::2]], [order[1:7:2], order[8::2]]]
-    assert not torch.equal(*noise)
-    assert torch.equal(noise[0], torch.randn(3))  # of the first process, that of one alone
+def test_data_that_only_the_first_process_has_end_the_run(two):
+    """The other one does not train on its fallback."""
+    home, _, end = two
+    assert end.returncode != 0 and not list(home.glob("disk?/end/*"))
+    assert re.search("^error: mnist: .*none1/mnist/.* is missing", end.stderr, re.MULTILINE)
+    assert not (home / "none1" / "digits.npz").exists()
 
 
-# ------------------------------------------------------------------- bfloat16, compiled
+def test_the_processes_share_an_order_and_no_noise(two, drawn):
+    """The first one's noise is that of a single process; the other's, of no epoch of any seed."""
+
+    def of_one(seed, epoch, n):
+        torch.manual_seed(seed + 1_000_003 * epoch)
+        return torch.randperm(n), torch.randn(3).tolist()
+
+    used = [of_one(seed, epoch, n)[1]
+            for n in (0, 401, 402, 1000) for seed in range(20) for epoch in range(10)]
+    runs = [("ae", 0, 402, (2, 3)), ("odd", 1, 401, (1, 2)), ("mlp", 0, 1000, (1, 2, 3))]
+    for name, seed, n, epochs in runs:
+        for epoch, *kept in zip(epochs, *(kept[name][3] for kept in two[1]), strict=True):
+            order, expected = of_one(seed, epoch, n)
+            batches = drawn.labels[:1000][order[: n - n % 2]].split(50)
+            for rank, (labels, noise) in enumerate(kept):
+                assert labels == [batch[rank::2].tolist() for batch in batches]
+                assert (noise == expected) is (rank == 0) and (noise in used) is (rank == 0)
+    ae, odd, mlp = ([tuple(noise) for _, noise in two[1][1][name][3]] for name, *_ in runs)
+    assert mlp[1:] == ae and len({*mlp, *odd}) == 5  # by seed and epoch
+
+
+# ------------------------------------------------------------------------ bfloat16
 
 
 @pytest.mark.parametrize("architecture", [Autoencoder, VAE, ConvVAE, CelebAVAE])
 def test_bfloat16_is_for_the_networks_and_float32_for_the_losses(architecture):
-    torch.manual_seed(0)
-    model = architecture(latent_dim=8)
+    model, z, found = architecture(latent_dim=8), torch.randn(6, 8), []
     images = torch.rand(6, *((3, 64, 64) if architecture is CelebAVAE else (1, 28, 28)))
-    exact, z = model.encode(images), torch.randn(6, 8)
-    exact_logits = model.decode_logits(z)
-    train.prepare(model, CPU, amp=True, compile=False)
-    codes = model.encode(images)
-    single = isinstance(codes, torch.Tensor)
-    for code, expected in zip([codes] if single else codes, [exact] if single else exact):
-        assert code.dtype == torch.float32
-        assert 0 < (code - expected).abs().max() < 0.05
-    logits = model.decode_logits(z)
-    assert logits.dtype == torch.float32 and 0 < (logits - exact_logits).abs().max() < 0.1
-    total, recon, kl = model.loss(images, None, 1.0)
+    for amp in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            codes = [model.encode(images)] if architecture is Autoencoder else model.encode(images)
+            found.append([*codes, model.decode_logits(z)])
+    for expected, values in zip(*found):
+        assert values.dtype == torch.float32 and 0 < (values - expected).abs().max() < 0.1
+    total, recon, kl = train.Loss(model, amp=True).loss(images, None, 1.0)
     assert total.dtype == recon.dtype == torch.float32
-    if not single:
-        assert kl == kl_divergence_gaussian(*codes).sum()
+    if architecture is not Autoencoder:
+        mu, logvar = (values.double() for values in codes)
+        expected = kl_divergence(Normal(mu, torch.exp(logvar / 2)), Normal(0, 1)).sum().item()
+        assert kl.item() == pytest.approx(expected, rel=1e-5)
     total.backward()
     for parameter in model.parameters():
         assert parameter.dtype == parameter.grad.dtype == torch.float32
@@ -143,41 +184,6 @@ def test_training_in_bfloat16_ends_where_float32_does(architecture, drawn):
     images, ends = drawn.images[:40].float() / 255, []
     for amp in (False, True):
         torch.manual_seed(0)
-        model = architecture(latent_dim=4)
-        train.prepare(model, CPU, amp, compile=False)
-        ends.append(sum(overfit(model, images, steps=60)[-10:]) / 10)
-    assert ends[1] == pytest.approx(ends[0], rel=0.02)
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
-def test_a_compiled_loss_and_its_gradient_are_those_of_the_plain_one():
-    """With the same noise: a seed means the same."""
-    results, images = [], torch.rand(6, 1, 28, 28)
-    for compile in (False, True):
-        torch.manual_seed(0)
-        model = VAE(hidden_dim=16, latent_dim=3)
-        train.prepare(model, CPU, amp=False, compile=compile)
-        terms = model.loss(images, None, 0.5)
-        terms[0].backward()
-        results.append((*terms, *(p.grad for p in model.parameters())))
-    for plain, compiled in zip(*results):
-        torch.testing.assert_close(compiled, plain)
-
-
-def test_without_a_compiler_one_line_says_so(monkeypatch):
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    def fail(*args):
-        raise InvalidCxxCompiler
-
-    monkeypatch.setattr(train, "train_run", fail)
-    assert_user_error(run_here(train.main, "--compile"), "C++ compiler", "--compile")
-
-
-def test_only_the_first_process_writes(tmp_path, monkeypatch):
-    model = Autoencoder(latent_dim=2)
-    optimizer = torch.optim.Adam(model.parameters())
-    for rank, files in ((1, []), (0, sorted(train.RUN_FILES))):
-        monkeypatch.setattr(train, "RANK", rank)
-        train.save_run(tmp_path, {}, model, optimizer, [{"epoch": 1}])
-        assert sorted(os.listdir(tmp_path)) == files
+        losses = overfit(train.Loss(architecture(latent_dim=4), amp), images, steps=40)
+        ends.append(sum(losses[-10:]) / 10)
+    assert ends[0] != ends[1] == pytest.approx(ends[0], rel=0.02)

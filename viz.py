@@ -7,20 +7,24 @@ The functions take a model that is already trained, and the path of the PNG to w
 `note` is printed at the foot of a figure. No window is opened.
 """
 
+import copy
 import importlib.util
+import json
 import math
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from base64 import b64encode
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from data import CLASS_NAMES, write_atomically
-from vae import kl_divergence_gaussian
+from vae import LOGVAR_RANGE, kl_divergence_gaussian
 
 # A notebook tells what is started in its shell to draw by a module of its own, without which
 # matplotlib cannot even be imported.
@@ -322,6 +326,61 @@ def visualize_attributes(
     save_tiles(torch.cat(rows), len(columns), path, note, list(attributes), columns)
 
 
+# ------------------------------------------------------- the page to play with a model
+
+LAYERS = {nn.Linear, nn.Tanh, nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d}  # and relu
+
+
+def export_layers(model: nn.Module, function: Callable, x: Tensor) -> list[dict]:
+    """The layers that function(x) passes, or [] if more than relu lies between. The hooks stay."""
+    x = 1000 * (x - x.flip(0))  # rows and their negatives: every unit is below 0 in one of them
+    passed, layers, last, start = [], [], x, x
+    plain = {"groups": 1, "dilation": (1, 1), "padding_mode": "zeros", "affine": True}
+    for layer in model.modules():
+        if type(layer) in LAYERS and all(getattr(layer, k, v) == v for k, v in plain.items()):
+            layer.register_forward_hook(lambda *step: passed.append(step))
+    function(x)
+    for layer, (x,), y in passed:  # an encoder's second head starts where the first one did
+        relu, *same = (torch.equal(x.flatten(1), t.flatten(1)) for t in (F.relu(last), last, start))
+        if not relu and not any(same):
+            return []
+        out = {key: value for key, value in vars(layer).items() if key[0] != "_"}
+        out |= {"kind": type(layer).__name__, "from": x.shape[1:], "to": y.shape[1:]}
+        out |= {"bias": y.new_zeros(y.shape[1])} | dict(layer.named_parameters())
+        if isinstance(layer, nn.BatchNorm2d):  # in evaluation mode it is x * scale + shift
+            out["scale"] = layer.weight / (layer.running_var + layer.eps).sqrt()
+            out["shift"] = layer.bias - layer.running_mean * out["scale"]
+        layers += [{"kind": "ReLU"}] * relu + [out]
+        last, start = y, x
+    return layers
+
+
+@torch.no_grad()
+def write_explorer(folder: Path, model: nn.Module, config: dict, loader: Iterable) -> None:
+    """Fill explore.html with the model, 20 test images and the codes of up to 2,000. No page for a
+    model that export_layers does not see through, or of more than 8 million parameters (21 MB)."""
+    model = copy.deepcopy(model).cpu().float().eval()
+    images, labels = (torch.cat(a).cpu() for a in zip(*(b for _, b in zip(range(2), loader))))
+    q = model.encode(images)
+    mu, use = (q[0], kl_per_latent(*q)) if isinstance(q, tuple) else (q, q.std(0, correction=0))
+    layers = {"encoder": export_layers(model, model.encode, images[:64]),
+              "decoder": export_layers(model, model.decode_logits, mu[:64])}
+    if not all(layers.values()) or sum(p.numel() for p in model.parameters()) > 8_000_000:
+        return
+    shown = labels[:200].argsort(stable=True)[::10]  # a few of every class
+    run = {key: config[key] for key in ("model", "dataset", "notice", "recon")} | layers | {
+        "folder": folder.resolve().name, "classes": CLASS_NAMES[config["dataset"]],
+        "beta": config.get("beta", 1), "is_vae": isinstance(q, tuple), "logvar_range": LOGVAR_RANGE,
+        "shape": images.shape[1:], "images": images[shown], "shown": shown.tolist(),
+        "labels": labels.tolist(), "codes": mu[:, :2], "use": use.tolist(),
+        "low": min(-3, mu.min().item()) - 0.2, "high": max(3, mu.max().item()) + 0.2,
+    }
+    run = json.dumps(run, default=lambda t: {"f16": b64encode(t.half().numpy().tobytes()).decode()})
+    page = Path(__file__).with_name("explore.html").read_text("utf-8")
+    with write_atomically(folder / "explore.html") as file:  # without a "<" no name ends the script
+        file.write(page.replace('"UNFILLED"', run.replace("<", "\\u003c"), 1).encode())
+
+
 # -------------------------------------------------------------------- a whole run
 
 
@@ -362,6 +421,7 @@ def draw_run(
         side = first_images(loader, device, 1).shape[-1]
         path = folder / "manifold.png"
         visualize_latent_manifold(model, device, path, digit_size=side, note=note)
+    write_explorer(folder, model, config, loader)
 
 
 if __name__ == "__main__":

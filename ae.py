@@ -11,6 +11,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from vae import of_size
+
 
 class Autoencoder(nn.Module):
     """The deterministic autoencoder: 784 -> 400 -> 20 -> 400 -> 784.
@@ -28,7 +30,8 @@ class Autoencoder(nn.Module):
 
     def encode(self, x: Tensor) -> Tensor:
         """x: (batch, ...) -> z: (batch, latent_dim), one point, no distribution."""
-        return self.fc2(F.relu(self.fc1(x.flatten(1)))).to(x.dtype)
+        h = F.relu(self.fc1(of_size(x.flatten(1), self.fc1.in_features)))
+        return self.fc2(h).to(x.dtype)
 
     def decode_logits(self, z: Tensor) -> Tensor:
         """z: (batch, latent_dim) -> (batch, input_dim)."""

@@ -1,4 +1,4 @@
-"""The datasets: MNIST, Fashion-MNIST and CelebA from their files; digits and faces from draw.py.
+"""The datasets: MNIST and its relatives, CelebA, any folder of pictures, and those of draw.py.
 
 Every dataset is loaded by one call and has one shape:
 
@@ -9,9 +9,9 @@ Every dataset is loaded by one call and has one shape:
 
 `Batches` then serves it as float images in [0, 1], one batch at a time.
 
-mnist, fashion-mnist   28 x 28 grey, read from <root>/<name>/, downloaded if missing
-celeba                 64 x 64 colour, read from <root>/celeba/, where you have put it
-digits, faces          28 x 28 grey, 64 x 64 colour, drawn here: all factors known
+mnist, fashion-mnist, kmnist   28 x 28 grey, read where they lie below <root>, or downloaded
+celeba, any folder's path      64 x 64 colour, from <root>/celeba/, or from the folder
+digits, faces                  28 x 28 grey, 64 x 64 colour, drawn here: all factors known
 """
 
 import concurrent.futures
@@ -32,12 +32,12 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 import draw
@@ -141,58 +141,107 @@ def writable_folder(folders: Iterable[Path]) -> Path:
     raise UserError(f"{folder}: cannot be written; name another place with --data-dir")
 
 
-# ---------------------------------------------------- MNIST and Fashion-MNIST: IDX files
+# ------------------------------------------------------ MNIST and its relatives: IDX files
 
-IDX_MIRRORS = {
-    "mnist": [
-        "https://ossci-datasets.s3.amazonaws.com/mnist/",
-        "https://storage.googleapis.com/cvdf-datasets/mnist/",
-    ],
-    "fashion-mnist": ["http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"],
+IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte",
+             "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+# Where torchvision keeps a set, its mirrors, and the SHA-256 of its four .gz files.
+IDX_SETS = {
+    "mnist": ("MNIST/raw", ("https://ossci-datasets.s3.amazonaws.com/mnist/",
+                            "https://storage.googleapis.com/cvdf-datasets/mnist/"), (
+        "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+        "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+        "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+        "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6")),
+    "fashion-mnist": ("FashionMNIST/raw", (
+        "https://storage.googleapis.com/tensorflow/tf-keras-datasets/",
+        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"), (
+        "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
+        "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
+        "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
+        "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5")),
+    "kmnist": ("KMNIST/raw", ("https://codh.rois.ac.jp/kmnist/dataset/kmnist/",), (
+        "51467d22d8cc72929e2a028a0428f2086b092bb31cfb79c69cc0a90ce135fde4",
+        "e38f9ebcd0f3ebcdec7fc8eabdcdaef93bb0df8ea12bee65224341c8183d8e17",
+        "edd7a857845ad6bb1d0ba43fe7e794d164fe2dce499a1694695a792adfac43c5",
+        "20bb9a0ef54c7db3efc55a92eef5582c109615df22683c380526788f98e42a1c")),
 }
-# The published checksums of the four .gz files: SHA-256 where there is one, else MD5.
-IDX_CHECKSUMS = {
-    "mnist": {
-        "train-images-idx3-ubyte": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
-        "train-labels-idx1-ubyte": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
-        "t10k-images-idx3-ubyte": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
-        "t10k-labels-idx1-ubyte": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
-    },
-    "fashion-mnist": {
-        "train-images-idx3-ubyte": "8d4fb7e6c68d591d4c3dfef9ec88bf0d",
-        "train-labels-idx1-ubyte": "25c81989df183df01b3e8a0aad5dffbe",
-        "t10k-images-idx3-ubyte": "bef4ecab320f06d8554ea6380940ec79",
-        "t10k-labels-idx1-ubyte": "bb300cfdad3c16e7a12a480ee83cd310",
-    },
-}
+# The SHA-256 of MNIST's 60,000 and 10,000 labels themselves, however they are stored.
+MNIST_LABELS = ("1feba77c54802fa5339a11837ea4b2866434b83314ec45192930f1df69120c13",
+                "ddeff807876a9661a1110d45c266c86239a3a1b7d37da0c3716a7a683c852ff5")
 DOWNLOAD_TIMEOUT = 15  # seconds without a byte, then the next mirror
 
 
-def load_idx_split(name: str, root: Path, prefix: str) -> Split:
-    """MNIST or Fashion-MNIST: prefix "train", 60,000 images of 28 x 28, or "t10k", 10,000."""
-    images_path = find_idx_file(name, root, f"{prefix}-images-idx3-ubyte")
-    labels_path = find_idx_file(name, root, f"{prefix}-labels-idx1-ubyte")
-    images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
+def load_idx(name: str, root: Path) -> tuple[Split, Split]:
+    """MNIST or a relative, 60,000 + 10,000 images of 28 x 28: from the first of the usual places
+    below root that has any of its files; what an interrupted download left out is downloaded."""
+    raw, _, sums = IDX_SETS[name]
+    for folder in (root / name, root / raw, root):
+        found = {stem: idx_paths(folder, stem) for stem in IDX_FILES}
+        if any(found.values()):
+            break
+    there = [path for paths in found.values() for path in paths]
+    missing = [stem for stem in IDX_FILES if not found[stem]]
+    if missing and not all(sha256(path.read_bytes()) in sums for path in there):
+        raise UserError(f"{folder}: has {', '.join(path.name for path in there)}, but not "
+                        f"{', '.join(missing)}: put the rest of the same set there, too; a "
+                        "download may be of another")
+    for stem in missing:
+        found[stem] = [fetch(name, stem, folder if there else root / name)]
+    return tuple(read_split(name, *map(found.get, pair)) for pair in (IDX_FILES[:2], IDX_FILES[2:]))
+
+
+def read_split(name: str, images_paths: list[Path], labels_paths: list[Path]) -> Split:
+    images, images_path = read_first(images_paths, 3)
+    labels, labels_path = read_first(labels_paths, 1)
     if images.shape[1:] != (28, 28) or len(images) == 0:
         raise UserError(f"{images_path}: holds images of shape {images.shape}, not (n, 28, 28)")
     if len(images) != len(labels):
         raise UserError(f"{images_path} holds {len(images)} images, but {labels_path} "
                         f"{len(labels)} labels: take both from one download")
-    if labels.max() > 9:
-        raise UserError(f"{labels_path}: holds the label {labels.max()}; labels are 0 to 9")
-    return Split(torch.from_numpy(images).unsqueeze(1), torch.from_numpy(labels).long(), {})
+    # The sets have files of the same names; their labels tell them apart.
+    digest = sha256(labels_path.read_bytes())
+    owner = next((other for other, (_, _, sums) in IDX_SETS.items() if digest in sums), None)
+    owner = "mnist" if sha256(labels) in MNIST_LABELS else owner
+    if owner is None:
+        print(f"{name}: the labels in {labels_path} are of no set known here; taken as they are")
+    elif owner != name:
+        raise UserError(f"{labels_path}: is of {owner}, not of {name}: train on --dataset {owner}, "
+                        "or name another folder with --data-dir")
+    return Split(torch.from_numpy(images)[:, None], torch.from_numpy(labels).long(), {})
 
 
-def find_idx_file(name: str, root: Path, stem: str) -> Path:
-    """The path of an IDX file below root, plain or .gz; downloaded if it is not there."""
-    for path in (root / name / stem, root / name / f"{stem}.gz"):
-        if path.is_file():
-            return path
-    reasons = []
-    for mirror in IDX_MIRRORS[name]:
+def sha256(content: bytes | np.ndarray) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def idx_paths(folder: Path, stem: str) -> list[Path]:
+    """The files that may be this one: under either usual name; plain, or in a folder of its name,
+    as Kaggle's archive unpacks, before compressed."""
+    names = stem, stem.replace("-idx", ".idx")
+    forms = "{0}", "{0}/{0}", "{0}.gz"
+    paths = (folder / form.format(name) for form in forms for name in names)
+    return list(filter(Path.is_file, paths))
+
+
+def read_first(paths: list[Path], ndim: int) -> tuple[np.ndarray, Path]:
+    """The first that can be read: beside a plain file that is cut short there may be a good .gz."""
+    for path in paths[:-1]:
+        with contextlib.suppress(UserError):
+            return read_idx(path, ndim), path
+    return read_idx(paths[-1], ndim), paths[-1]
+
+
+def fetch(name: str, stem: str, folder: Path) -> Path:
+    """Download one of the four files of a set; DataUnavailable if no mirror has it."""
+    _, mirrors, sums = IDX_SETS[name]
+    path, reasons = folder / f"{stem}.gz", []
+    for mirror in mirrors:
         try:
-            content = download(f"{mirror}{stem}.gz", IDX_CHECKSUMS[name][stem])
-            path.parent.mkdir(parents=True, exist_ok=True)
+            content = download(mirror + path.name)
+            if sha256(content) != sums[IDX_FILES.index(stem)]:
+                raise OSError(f"the checksum of {len(content)} bytes received is wrong")
+            folder.mkdir(parents=True, exist_ok=True)
             with write_atomically(path) as file:
                 file.write(content)
             return path
@@ -200,12 +249,10 @@ def find_idx_file(name: str, root: Path, stem: str) -> Path:
             reasons.append(f"{mirror.split('/')[2]}: {getattr(error, 'reason', error)}")
     raise DataUnavailable(
         f"{name}: {path} is missing and cannot be downloaded ({'; '.join(reasons)}). "
-        f"Put the four .gz files into {path.parent}, or train on --dataset digits")
+        f"Put the four .gz files into {folder}, or train on --dataset digits")
 
 
-def download(url: str, checksum: str) -> bytes:
-    """The verified content of url; OSError, HTTPException or ValueError if it cannot be had."""
-    algorithm = "sha256" if len(checksum) == 64 else "md5"
+def download(url: str) -> bytearray:
     content = bytearray()
     print(f"downloading {url}", flush=True)
     with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response:
@@ -213,9 +260,7 @@ def download(url: str, checksum: str) -> bytes:
             content += chunk
             show_status(f"{len(content) / 1e6:.1f} MB")
     show_status("")
-    if hashlib.new(algorithm, content, usedforsecurity=False).hexdigest() != checksum:
-        raise OSError(f"the {algorithm} checksum of {len(content)} bytes received is wrong")
-    return bytes(content)
+    return content
 
 
 def read_idx(path: Path, ndim: int) -> np.ndarray:
@@ -238,8 +283,8 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
     shape = np.frombuffer(content, ">u4", ndim, offset=4).tolist()
     size, found = math.prod(shape), len(content) - start
     if size != found:
-        raise UserError(f"{path}: is damaged or cut short (declares {size:,} bytes, has {found:,}): "
-                        "fetch it again")
+        raise UserError(f"{path}: is damaged or cut short (declares {size:,} bytes, has "
+                        f"{found:,}): fetch it again")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy()
 
 
@@ -270,7 +315,7 @@ def made_once(
     return arrays if "images" in arrays else arrays | {"images": np.load(path, mmap_mode="c")}
 
 
-def splits(arrays: dict[str, np.ndarray], n_train: int, n_test: int) -> tuple[Split, Split]:
+def as_splits(arrays: dict[str, np.ndarray], n_train: int, n_test: int) -> tuple[Split, Split]:
     """The first n_train images, and the last n_test; what is no image and no label is a factor."""
 
     def split(part: slice) -> Split:
@@ -295,97 +340,90 @@ def load_drawn(name: str, root: Path) -> tuple[Split, Split]:
 
     # They are good for this very drawing only, so that an edited glyph is seen at once.
     recipe = hashlib.sha256(Path(draw.__file__).read_bytes()).hexdigest()
-    return splits(made_once([root, PROJECT_DATA], name, recipe, make), n_train, n_test)
+    return as_splits(made_once([root, PROJECT_DATA], name, recipe, make), n_train, n_test)
 
 
-# ---------------------------------------------------------- CelebA: 202,599 JPEG files
+# ------------------------------------------------- pictures: any folder of them, and CelebA
 
+PICTURE = re.compile(r"(?!(.*/)?(\.|__MACOSX/)).*\.(jpe?g|png|bmp|webp)", re.IGNORECASE)
+CELEBA_PICTURE = re.compile(r"(.*/)?\d{6}\.jpg")
 CELEBA_SPLITS = (162_770, 19_867, 19_962)  # training, validation, test images, in this order
-JPEG_NAME = re.compile(r"\d{6}\.jpg")
-DECODE_CHUNK = 64  # images a task
+DECODE_CHUNK = 64  # pictures a task
+
+
+def load_folder(folder: Path) -> tuple[Split, Split]:
+    """The pictures in a folder, however deep: their centre squares, 64 x 64 in colour. About a
+    tenth is for testing, by their names, so none changes sides when another one is added."""
+
+    def arrange(names: list[str]) -> tuple[np.ndarray, dict]:
+        if len(names) < 20:
+            raise UserError(f"{folder}: has {len(names)} pictures (.jpg .jpeg .png .bmp .webp), and "
+                            "20 are needed at least")
+        digests = [int(sha256(name.encode()), 16) for name in names]
+        test = np.array([digest % 10 == 0 or digest == min(digests) for digest in digests])
+        return 2 * test, {"labels": np.zeros(len(names), np.int64)}
+
+    splits, broken = load_pictures(folder, PICTURE, 1.0, arrange, [folder, PROJECT_DATA], False)
+    if broken:
+        names = ", ".join(broken[:20])
+        print(f"{folder}: passed over {len(broken)} files that are no pictures: {names}")
+    return splits
 
 
 def load_celeba(root: Path) -> tuple[Split, Split]:
     """CelebA (Liu et al. 2015), 64 x 64 in colour: its official training and test images.
 
-    Decodes <root>/celeba/img_align_celeba.zip, or the folder img_align_celeba/, once, into an array
-    beside it, or in the project's own data/celeba/ if that place is read-only. factors: the
-    attributes of list_attr_celeba.txt, 1 or 0; labels: the attribute Smiling.
+    Reads <root>/celeba/img_align_celeba.zip, or the folder img_align_celeba/, and the two lists
+    beside it, .txt or, as Kaggle has them, .csv. factors: the attributes, 1 or 0; labels: Smiling.
     """
     folder = root / "celeba"
-    source = folder / "img_align_celeba.zip"
-    if not source.exists():
-        source = folder / "img_align_celeba"
-    if not source.exists():
+    sources = folder / "img_align_celeba.zip", folder / "img_align_celeba"
+    source = next(filter(Path.exists, sources), None)
+    if source is None:
         raise DataUnavailable(
-            f"celeba: {source} (.zip or folder) is missing, and no script can download it. Take "
-            "img_align_celeba.zip, list_eval_partition.txt and list_attr_celeba.txt from "
+            f"celeba: {sources[1]} (.zip or folder) is missing, and no script can download it. "
+            "Take img_align_celeba.zip, list_eval_partition.txt and list_attr_celeba.txt from "
             f"https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html and put them into {folder}, or "
             "train on --dataset faces")
-    partition, attributes = folder / "list_eval_partition.txt", folder / "list_attr_celeba.txt"
-    for path in (partition, attributes):
-        if not path.is_file():
-            print(f"celeba: {path} is missing: split by number, or without attributes")
+    lists = []
+    for stem in ("list_eval_partition", "list_attr_celeba"):
+        paths = folder / f"{stem}.txt", folder / f"{stem}.csv"
+        lists.append(next(filter(Path.is_file, paths), None))
+        if lists[-1] is None:
+            print(f"celeba: {paths[0]} is missing: split by number, or without attributes")
 
-    def make(path: Path) -> dict[str, np.ndarray]:
-        names, read = list_images(source)
-        n = len(names)
+    def arrange(names: list[str]) -> tuple[np.ndarray, dict]:
+        n, names = len(names), [name.split("/")[-1] for name in names]
+        if not n:
+            raise UserError(f"{source}: has no images named 000001.jpg, 000002.jpg, ... in it")
         sizes = CELEBA_SPLITS if n == sum(CELEBA_SPLITS) else (n * 9 // 10, 0, n - n * 9 // 10)
         parts, factors = np.repeat((0, 1, 2), sizes), {}
-        if partition.is_file():
-            parts = read_list(partition, names, (0, 1, 2))[1][0]
-        order = np.argsort(parts, kind="stable")
-        if attributes.is_file():
-            columns, values = read_list(attributes, names, (-1, 1))
-            factors = dict(zip(columns, (values[:, order] > 0).astype(np.uint8)))
-        decode_images(path, source, [names[i] for i in order], read)
-        labels = factors.get("Smiling", np.zeros(n)).astype(np.int64)
-        return {"parts": parts[order], "labels": labels} | factors
+        if lists[0]:
+            parts = read_list(lists[0], names, (0, 1, 2))[1][0]
+        if lists[1]:
+            columns, values = read_list(lists[1], names, (-1, 1))
+            factors = dict(zip(columns, (values > 0).astype(np.uint8)))
+        return parts, {"labels": factors.get("Smiling", np.zeros(n)).astype(np.int64)} | factors
 
-    # A checksum of what makes them: names, sizes and times of the files, and how they are decoded.
-    files = sorted(os.scandir(source), key=lambda e: e.name) if source.is_dir() else [source]
-    files += filter(Path.exists, (partition, attributes))
-    stats = [(file.name, file.stat()) for file in files if file.name[0] != "."]
-    state = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    recipe = hashlib.sha256(repr((state, inspect.getsource(decode_face))).encode()).hexdigest()
-    arrays = made_once([folder, PROJECT_DATA / "celeba"], "celeba-64x64", recipe, make)
-    n_train, _, n_test = np.bincount(arrays.pop("parts"), minlength=3).tolist()
-    if not (n_train and n_test):
-        raise UserError(f"{source}: {n_train} of its images are for training and {n_test} for "
-                        "testing; both are needed")
-    return splits(arrays, n_train, n_test)
-
-
-def list_images(source: Path) -> tuple[list[str], Callable[[str], bytes]]:
-    """The names of the JPEGs in a folder or an archive, sorted, and a function that reads one."""
-    if source.is_dir():
-        found = {path.name: path for path in source.iterdir()}
-        read = Path.read_bytes
-    else:
-        try:
-            archive = zipfile.ZipFile(source)
-        except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-            raise UserError(f"{source}: is damaged or cut short ({error}): fetch it again") from None
-        found = {PurePosixPath(name).name: name for name in archive.namelist()}
-        read = archive.read
-    names = sorted(filter(JPEG_NAME.fullmatch, found))
-    if not names:
-        raise UserError(f"{source}: has no images named 000001.jpg, 000002.jpg, ... in it")
-    return names, lambda name: read(found[name])
+    # To 148 of 178 columns, as everyone crops it.
+    places, lists_there = [folder, PROJECT_DATA / "celeba"], filter(None, lists)
+    return load_pictures(
+        source, CELEBA_PICTURE, 148 / 178, arrange, places, True, *lists_there)[0]
 
 
 def read_list(path: Path, names: list[str], allowed: tuple) -> tuple[list[str], np.ndarray]:
-    """Of a list with lines "000001.jpg -1 1 ...": the names of its columns, from the line before
-    the first image, if there is one, and the values of the named images, (columns, n)."""
+    """Of a list with lines "000001.jpg -1 1 ...", or with commas: the names of its columns, from
+    the line before the first image, if any, and the values of these images, (columns, n)."""
     header, rows = [], {}
     for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines():
-        words = line.split()
-        if words and JPEG_NAME.fullmatch(words[0]):
+        words = line.replace(",", " ").split()
+        if words and CELEBA_PICTURE.fullmatch(words[0]):
             rows[words[0]] = words[1:]
         elif words and not rows:
             header = words
     try:
         values = np.array([rows[name] for name in names]).astype(np.int8).T
+        header = header[-len(values):]  # Kaggle also names the first column
         if not np.isin(values, allowed).all() or header and len(header) != len(values):
             raise ValueError(f"{len(header)} names, values from {values.min()} to {values.max()}")
     except KeyError as missing:
@@ -395,13 +433,71 @@ def read_list(path: Path, names: list[str], allowed: tuple) -> tuple[list[str], 
     return header, values
 
 
-def decode_images(path: Path, source: Path, names: list[str], read: Callable) -> None:
-    """Write the images as an array, (n, 3, 64, 64), in threads, for Pillow decodes outside the GIL."""
-    n, start = len(names), time.perf_counter()
+def load_pictures(
+    source: Path, pattern: re.Pattern, crop: float, arrange: Callable, places: list[Path],
+    strict: bool, *lists: Path
+) -> tuple[tuple[Split, Split], list[str]]:
+    """The splits of the pictures in a folder or an archive, and the names of those that are broken,
+    unless strict, which makes them an error.
+
+    arrange(names) returns the part of each, 0 training, 1 validation, 2 test, and its labels and
+    factors; lists are the files that it reads. Decoded once, into one of the places.
+    """
+    names, read, files = list_pictures(source, pattern)
+
+    def make(path: Path) -> dict[str, np.ndarray]:
+        kept, broken = names, []
+        while True:
+            parts, known = arrange(kept)
+            order = np.argsort(parts, kind="stable")
+            bad = decode_all(path, source, [kept[i] for i in order], read, crop, strict)
+            if not bad:
+                break
+            kept, broken = [name for name in kept if name not in bad], broken + sorted(bad)
+        arrays = {key: values[order] for key, values in (known | {"parts": parts}).items()}
+        return arrays | {"broken": np.array(broken, str)}
+
+    # A checksum of what makes them: names, sizes and times of the files, and how they are decoded.
+    stats = [(path.name, path.stat()) for path in (*files, *lists)]
+    state = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    recipe = sha256(repr((names, state, inspect.getsource(decode_picture))).encode())
+    arrays = made_once(places, f"{source.stem}-64x64", recipe, make)
+    broken = arrays.pop("broken").tolist()
+    n_train, _, n_test = np.bincount(arrays.pop("parts"), minlength=3).tolist()
+    if not (n_train and n_test):
+        raise UserError(f"{source}: {n_train} of its images are for training and {n_test} for "
+                        "testing; both are needed")
+    return as_splits(arrays, n_train, n_test), broken
+
+
+def list_pictures(source: Path, pattern: re.Pattern) -> tuple[list[str], Callable, list[Path]]:
+    """The names that fit the pattern in a folder or an archive, sorted; a function that reads one;
+    and the files that hold them."""
+    if source.is_dir():
+        walk = ((Path(folder), files) for folder, _, files in os.walk(source))
+        found = {(p / f).relative_to(source).as_posix(): p / f for p, files in walk for f in files}
+        names = sorted(filter(pattern.fullmatch, found))
+        return names, lambda name: found[name].read_bytes(), [found[name] for name in names]
+    try:
+        archive = zipfile.ZipFile(source)
+    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+        beside = source.with_suffix("")
+        hint = f", or delete it, for {beside} is there" if beside.is_dir() else ""
+        what = f"{source}: is damaged or cut short ({error}): fetch it again{hint}"
+        raise UserError(what) from None
+    return sorted(filter(pattern.fullmatch, archive.namelist())), archive.read, [source]
+
+
+def decode_all(
+    path: Path, source: Path, names: list[str], read: Callable, crop: float, strict: bool
+) -> list[str]:
+    """Write the pictures as an array, (n, 3, 64, 64), in threads, for Pillow decodes outside the
+    GIL. Returns the names of those that it cannot decode; if strict, the first is an error."""
+    n, start, broken = len(names), time.perf_counter(), []
     size, free = n * 3 * 64 * 64, shutil.disk_usage(path.parent).free
     if free < 1.02 * size:  # for a disk that becomes full under a memory map kills the process
         raise UserError(f"{path}: takes {size / 1e9:.2f} GB; its disk has {free / 1e9:.2f} GB free")
-    print(f"decoding {n:,} images of {source} into {path}, once", flush=True)
+    print(f"decoding {n:,} pictures into {path}, once", flush=True)
     pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
     with write_atomically(path) as file:
         images = np.lib.format.open_memmap(file.name, "w+", np.uint8, (n, 3, 64, 64))
@@ -409,38 +505,58 @@ def decode_images(path: Path, source: Path, names: list[str], read: Callable) ->
         def decode(first: int) -> None:
             for row, name in enumerate(names[first : first + DECODE_CHUNK], first):
                 try:
-                    images[row] = decode_face(read(name))
+                    images[row] = decode_picture(io.BytesIO(read(name)), crop=crop)
                 except Exception as error:  # Pillow has many kinds for the many ways to be broken
                     if isinstance(error, MemoryError) or getattr(error, "errno", None):
-                        raise  # that is not the image's fault
-                    what = f"{source}: {name} is broken ({error}): fetch it again, or delete it"
-                    raise UserError(what) from error
+                        raise  # that is not the picture's fault
+                    if strict:
+                        hint = "fetch it again, or delete it"
+                        raise UserError(f"{source}: {name} is broken ({error}): {hint}") from error
+                    broken.append(name)
 
         try:
             for i, _ in enumerate(pool.map(decode, range(0, n, DECODE_CHUNK)), start=1):
                 done, seconds = min(n, i * DECODE_CHUNK), time.perf_counter() - start
                 left = seconds / done * (n - done)
-                show_status(f"{done:,} of {n:,} images, {done / seconds:,.0f}/s, {left:.0f} s left")
+                speed = f"{done / seconds:,.0f}/s, {left:.0f} s left"
+                show_status(f"{done:,} of {n:,} pictures, {speed}")
         finally:
             pool.shutdown(cancel_futures=True)
         images.flush()
     show_status("")
+    return broken
 
 
-def decode_face(content: bytes) -> np.ndarray:
-    """The centre square of a picture, 148/178 of its width, as (3, 64, 64), uint8, RGB.
+def decode_picture(
+    file: str | Path | BinaryIO, side: int = 64, mode: str = "RGB", crop: float = 1.0
+) -> np.ndarray:
+    """The centre square of a picture as a viewer shows it, on white: (channels, side, side), uint8.
 
-    Of CelebA's 178 x 218 pixels that is the usual crop to 148 x 148.
+    mode: "RGB" or "L", grey. crop: at most this share of the width. A viewer turns what a camera
+    has noted to be turned, and shows 16 bits of grey as 8.
     """
-    image = Image.open(io.BytesIO(content))
-    if image.mode != "RGB":  # or it would be copied, which takes as long as the resizing
-        image = image.convert("RGB")
-    side = min(image.width * 148 / 178, image.height)
-    left, top = (image.width - side) / 2, (image.height - side) / 2
-    box = (left, top, left + side, top + side)
+    image = Image.open(file)
+    if image.getexif().get(0x0112, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if image.mode[0] == "I":
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode != mode:  # or it would be copied, which takes as long as the resizing
+        image = image.convert(mode)
+    square = min(image.width * crop, image.height)
+    left, top = (image.width - square) / 2, (image.height - square) / 2
+    box = (left, top, left + square, top + square)
     # Pillow's filter grows with the step from pixel to pixel: antialiased.
-    face = image.resize((64, 64), Image.Resampling.BILINEAR, box)
-    return np.asarray(face).transpose(2, 0, 1)
+    small = image.resize((side, side), Image.Resampling.BILINEAR, box)
+    return np.atleast_3d(np.asarray(small)).transpose(2, 0, 1)
+
+
+def load_picture(path: str | Path, channels: int = 3, side: int = 64) -> Tensor:
+    """One picture of your own as a model takes it: (1, channels, side, side), float in [0, 1]."""
+    pixels = decode_picture(path, side, "L" if channels == 1 else "RGB")
+    return torch.from_numpy(pixels.copy())[None] / 255
 
 
 # ------------------------------------------------------------------------ all datasets
@@ -449,6 +565,7 @@ CLASS_NAMES = {
     "mnist": tuple("0123456789"),
     "fashion-mnist": ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt",
                       "sneaker", "bag", "ankle boot"),
+    "kmnist": ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
     "celeba": ("not smiling", "smiling"),
     "digits": tuple("0123456789"),
     "faces": ("not smiling", "smiling"),
@@ -457,7 +574,8 @@ DATASETS = tuple(CLASS_NAMES)
 
 
 def load_dataset(name: str, root: str | Path = PROJECT_DATA) -> tuple[Split, Split]:
-    """The training and the test split of a dataset, on the CPU.
+    """The training and the test split of a dataset, on the CPU. name: one of DATASETS, or the path
+    of a folder of pictures.
 
     Raises DataUnavailable if it is neither in root nor to be downloaded, UserError
     if its files are damaged.
@@ -466,4 +584,4 @@ def load_dataset(name: str, root: str | Path = PROJECT_DATA) -> tuple[Split, Spl
         return load_celeba(Path(root))
     if name in DRAWN:
         return load_drawn(name, Path(root))
-    return load_idx_split(name, Path(root), "train"), load_idx_split(name, Path(root), "t10k")
+    return load_idx(name, Path(root)) if name in IDX_SETS else load_folder(Path(name))

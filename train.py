@@ -45,7 +45,6 @@ from viz import draw_run, loss_unit
 
 MODELS = {"ae": Autoencoder, "mlp": VAE, "conv": ConvVAE, "celeba": CelebAVAE}
 RECON_LOSSES = {"bce": bce_from_logits, "mse": squared_error}
-COLOUR = ("celeba", "faces")  # 64 x 64 in colour; the other datasets are 28 x 28 in grey
 
 COLUMNS = ("epoch", "beta", "train_loss", "train_recon", "train_kl",
            "test_loss", "test_recon", "test_kl", "seconds")  # of history.csv
@@ -84,8 +83,8 @@ def train_epoch(
 
     if all(group.get("capturable") for group in optimizer.param_groups):
         step = recorded(step)
-    for images, labels in train_loader:
-        step(images.to(device), labels.to(device))
+    for images, labels in on_device(train_loader, device):
+        step(images, labels)
         count += len(images)
     return mean_per_image(sums, count)
 
@@ -119,11 +118,22 @@ def test_epoch(
     """The mean (loss, recon, kl) per image as `train_epoch`, in evaluation mode, no steps."""
     model.eval()
     sums, count = torch.zeros(3, dtype=torch.float64, device=device), 0
-    for images, labels in test_loader:
-        images, labels = images.to(device), labels.to(device)
+    for images, labels in on_device(test_loader, device):
         sums += torch.stack(model.loss(images, labels, beta))
         count += len(images)
     return mean_per_image(sums, count)
+
+
+def on_device(loader: Iterable, device: torch.device | str) -> Iterator:
+    """The batches, on the device, if the first one is of images in [0, 1]: others, from -1 to 1 as
+    in many tutorials, train to a loss without a bottom."""
+    for number, (images, labels) in enumerate(loader):
+        if number == 0:
+            low, high = (bound.item() for bound in images.aminmax())
+            if not 0 <= low <= high <= 1:
+                raise UserError(f"images must be in [0, 1], and these go from {low:g} to {high:g}: "
+                                "leave out a Normalize, or divide by 255")
+        yield images.to(device), labels.to(device)
 
 
 def mean_per_image(sums: torch.Tensor, count: int) -> tuple[float, float, float]:
@@ -252,8 +262,9 @@ def train_run(args: argparse.Namespace) -> tuple:
     finally:
         with contextlib.suppress(OSError):
             folder.rmdir()  # if nothing has been saved in it
-    del trained  # what is left of DistributedDataParallel at the exit may abort there
-    gc.collect()
+    if PARALLEL:
+        del trained  # what is left of DistributedDataParallel at the exit may abort there
+        gc.collect()
     return folder, model, config, history, Batches(test_images, test_labels, 1000), factors
 
 
@@ -312,12 +323,18 @@ def first_decides(decide: Callable[[], object]) -> object:
     return answer[0]
 
 
+def is_colour(dataset: str) -> bool:
+    """64 x 64 in colour; the other datasets are 28 x 28 in grey."""
+    return dataset in ("celeba", "faces") or dataset not in DATASETS
+
+
 def find_data_dir(option: str | None) -> Path:
     """--data-dir or $VAE_DATA_DIR, which must exist, or the project's data/."""
     named = option or os.environ.get("VAE_DATA_DIR")
-    if named and not Path(named).is_dir():
-        raise UserError(f"the data folder {named} is no folder: create it, or name another")
-    return Path(named) if named else PROJECT_DATA
+    folder = Path(named).expanduser() if named else PROJECT_DATA
+    if named and not folder.is_dir():
+        raise UserError(f"the data folder {folder} is no folder: create it, or name another")
+    return folder
 
 
 def choose_dataset(args: argparse.Namespace) -> tuple[str, tuple[Split, Split]]:
@@ -358,7 +375,7 @@ def run_name(config: dict) -> str:
     """<dataset>-<model>, and every option that is not the default, such as latent-dim2."""
     dataset, model = config["dataset"], config["model"]
     asked = config["notice"].replace("built-in ", "").replace(", not ", "-instead-of-")
-    name = f"{asked or dataset}-{model}"
+    name = f"{asked or Path(dataset).name}-{model}"
     for key, usual in vars(parse_args(["--model", model, "--dataset", dataset])).items():
         value = config[key]
         if value != usual and key not in PLACES:
@@ -376,7 +393,7 @@ def open_run(config: dict) -> tuple[Path, dict | None]:
             with contextlib.suppress(FileExistsError):
                 folder.mkdir()
                 return folder, None
-    folder = Path(config["out"])
+    folder = Path(config["out"]).expanduser()
     if config["resume"] and (folder / "checkpoint.pt").exists():
         _, checkpoint = load_run(folder)
         found, free = checkpoint["config"], {*PLACES, "notice", "torch"}
@@ -418,7 +435,7 @@ def save_run(
 def load_run(folder: str | Path) -> tuple[nn.Module, dict]:
     """A run's model, on the CPU and in evaluation mode, and its checkpoint: a dictionary of config,
     history, model and optimizer. UserError if it is missing or damaged."""
-    path = Path(folder) / "checkpoint.pt"
+    path = Path(folder).expanduser() / "checkpoint.pt"
     if not path.is_file():
         raise UserError(f"{path} is missing: {folder} holds no trained run")
     try:
@@ -459,7 +476,9 @@ def redraw(argv: list[str] | None = None) -> None:
         found = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
         if not found:
             raise UserError("runs: holds no trained run; name the folder of one")
-        args.run = found[-1].parent
+        args.run = found[-1]
+    args.run = Path(args.run).expanduser()
+    args.run = args.run.parent if args.run.name == "checkpoint.pt" else args.run
     model, checkpoint = load_run(args.run)
     test = load_test_split(args.run, checkpoint["config"], args.data_dir)
     loader = Batches(test.images, test.labels, 1000)
@@ -498,7 +517,7 @@ def parse_args(argv: list[str] | None, description: str = __doc__) -> argparse.N
     add("--kl-anneal", type=number(int, 0), default=0, metavar="N",
         help="train epoch e at the weight beta * min(1, e / N) (0: no annealing)")
     add("--recon", choices=RECON_LOSSES, help="cross-entropy or squared error (bce; ae: mse)")
-    add("--dataset", choices=DATASETS, help="default: mnist; celeba for --model celeba")
+    add("--dataset", metavar="NAME", help=f"{', '.join(DATASETS)}, or a folder of pictures (mnist)")
     add("--fallback", choices=DRAWN, help="train on this if the dataset cannot be had")
     add("--binarize", action="store_true", help="make pixels 0 or 1, at random by their grey value")
     add("--limit", type=number(int, 1), metavar="N", help="train on the first N images only")
@@ -513,18 +532,25 @@ def parse_args(argv: list[str] | None, description: str = __doc__) -> argparse.N
     add("--amp", action="store_true", help="the layers in bfloat16, the losses in float32")
     add("--out", metavar="DIR", help="the folder of the run (a new one, runs/DATASET-MODEL...)")
     add("--resume", action="store_true", help="go on with the run in --out, or begin it")
+    if argv is None and Path(sys.argv[0]).name == "ipykernel_launcher.py":
+        parser.error("in a notebook, name the options: main(['--epochs', '1'])")
     args = parser.parse_args(argv)
     if args.resume and args.out is None:
         parser.error("--resume needs --out DIR, the run to go on with")
     if args.dataset is None:
         args.dataset = "celeba" if args.model == "celeba" else "mnist"
+    if args.dataset not in DATASETS:
+        folder = Path(args.dataset).expanduser().resolve()
+        if not folder.is_dir():
+            parser.error(f"--dataset {args.dataset}: is no folder, nor {', '.join(DATASETS)}")
+        args.dataset = str(folder)
     if args.model is None:
-        args.model = "celeba" if args.dataset in COLOUR else "mlp"
+        args.model = "celeba" if is_colour(args.dataset) else "mlp"
     for dataset in filter(None, (args.dataset, args.fallback)):
-        if (dataset in COLOUR) != (args.model == "celeba"):
-            parser.error(f"--model {args.model} does not fit {dataset}: celeba and faces, 64 x 64 "
-                         "in colour, are for --model celeba; the others, 28 x 28, for the others")
-    if args.binarize and args.dataset in COLOUR:
+        if is_colour(dataset) != (args.model == "celeba"):
+            parser.error(f"--model {args.model} does not fit {dataset}: celeba, faces and pictures "
+                         "(64 x 64) are for --model celeba; the others (28 x 28) for the others")
+    if args.binarize and is_colour(args.dataset):
         parser.error(f"--binarize is for grey images, not for {args.dataset}")
     sizes = inspect.signature(MODELS[args.model]).parameters
     args.latent_dim = args.latent_dim or sizes["latent_dim"].default
@@ -563,7 +589,7 @@ def run_cli(main: Callable[[], object], to_go_on: str = "") -> NoReturn:
     except UserError as error:
         message = str(error)
     except OSError as error:
-        message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        message = ": ".join(filter(None, (error.filename, error.strerror))) or str(error)
     except (MemoryError, torch.OutOfMemoryError):
         message = "the memory is full: take a smaller --batch-size, --hidden-dim or --latent-dim"
     except KeyboardInterrupt as interrupt:

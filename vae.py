@@ -101,6 +101,13 @@ def vae_loss(
 # ------------------------------------------------------------------- the networks
 
 
+def of_size(x: Tensor, *size: int) -> Tensor:
+    """x, if its images are of this size: a product of matrices that do not fit says less."""
+    if x.shape[1:] != size:
+        raise ValueError(f"the network takes images of {size}, and is given {(*x.shape[1:],)}")
+    return x
+
+
 class VAEEncoder(nn.Module):
     """The recognition network q(z|x) by itself (chapter 2.3): 784 -> 400 -> mu, log sigma^2."""
 
@@ -112,7 +119,7 @@ class VAEEncoder(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (batch, ...) with input_dim values an image -> mu, logvar: (batch, latent_dim)."""
-        h = F.relu(self.fc1(x.flatten(1)))
+        h = F.relu(self.fc1(of_size(x.flatten(1), self.fc1.in_features)))
         return self.fc_mu(h).to(x.dtype), self.fc_logvar(h).to(x.dtype).clamp(*LOGVAR_RANGE)
 
 
@@ -176,7 +183,8 @@ class VAE(BaseVAE):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (batch, ...) -> mu, logvar: (batch, latent_dim)."""
-        h = F.relu(self.encoder_fc1(x.flatten(1)))
+        x = of_size(x.flatten(1), self.encoder_fc1.in_features)
+        h = F.relu(self.encoder_fc1(x))
         mu, logvar = self.encoder_fc_mu(h).to(x.dtype), self.encoder_fc_logvar(h).to(x.dtype)
         return mu, logvar.clamp(*LOGVAR_RANGE)
 
@@ -212,6 +220,7 @@ class ConvVAE(BaseVAE):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (batch, channels, 28, 28) -> mu, logvar: (batch, latent_dim)."""
+        x = of_size(x, self.encoder_conv[0].in_channels, 28, 28)
         h = self.encoder_conv(x).flatten(1)  # (batch, 128 * 3 * 3)
         return self.fc_mu(h).to(x.dtype), self.fc_logvar(h).to(x.dtype).clamp(*LOGVAR_RANGE)
 
@@ -258,6 +267,7 @@ class CelebAVAE(BaseVAE):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (batch, channels, 64, 64) -> mu, logvar: (batch, latent_dim)."""
+        x = of_size(x, self.encoder[0].in_channels, 64, 64)
         h = self.encoder(x).flatten(1)  # (batch, 256 * 4 * 4)
         return self.fc_mu(h).to(x.dtype), self.fc_logvar(h).to(x.dtype).clamp(*LOGVAR_RANGE)
 

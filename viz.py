@@ -33,6 +33,7 @@ if backend == "matplotlib_inline" and importlib.util.find_spec(backend) is None:
     del os.environ["MPLBACKEND"]
 
 import matplotlib  # noqa: E402
+import matplotlib.backends.backend_agg  # noqa: E402, F401; now, for Ctrl-C later could break it
 from matplotlib.figure import Figure  # noqa: E402
 from matplotlib.patches import Circle  # noqa: E402
 
@@ -54,6 +55,9 @@ def as_images(x: Tensor) -> Tensor:
     if x.dim() == 2:
         channels = 1 if math.isqrt(x.shape[1]) ** 2 == x.shape[1] else 3
         side = math.isqrt(x.shape[1] // channels)
+        if channels * side**2 != x.shape[1]:
+            raise ValueError(f"{x.shape[1]} values are no square image: view them as "
+                             "(n, channels, height, width)")
         x = x.view(-1, channels, side, side)
     return x
 
@@ -117,8 +121,8 @@ def save_tiles(
     """
     picture = tile(images, columns, gap)
     height, width = picture.shape[:2]
-    side = as_images(images).shape[2]
-    scale = scale or max(1, round(84 / side))
+    high, wide = as_images(images).shape[2:]
+    scale = scale or max(1, round(84 / high))
     margins = (  # left, top, bottom and right, in inches
         0.15 + 0.06 * max(map(len, row_labels), default=0),
         0.25 if column_labels else 0.06,
@@ -132,8 +136,8 @@ def save_tiles(
     figure = Figure(figsize=(total_w / DPI, total_h / DPI))
     axes = figure.add_axes((left / total_w, bottom / total_h, w / total_w, h / total_h))
     axes.imshow(picture, interpolation="nearest", aspect="auto")
-    axes.set_yticks([side / 2 + i * (side + gap) for i in range(len(row_labels))], row_labels)
-    axes.set_xticks([side / 2 + i * (side + gap) for i in range(len(column_labels))], column_labels)
+    axes.set_yticks([high / 2 + i * (high + gap) for i in range(len(row_labels))], row_labels)
+    axes.set_xticks([wide / 2 + i * (wide + gap) for i in range(len(column_labels))], column_labels)
     axes.tick_params(length=0, top=True, labeltop=True, bottom=False, labelbottom=False)
     axes.spines[:].set_visible(False)
     save(figure, path, note)
@@ -156,7 +160,7 @@ def visualize_reconstruction(
     """Test images above their reconstructions, decoded from the mean of q(z|x)."""
     model.eval()
     images = first_images(test_loader, device, num_samples)
-    x_recon = as_images(model.decode(mean_codes(model, images)))
+    x_recon = model.decode(mean_codes(model, images)).view(images.shape)
     save_tiles(torch.cat([images, x_recon]), len(images), path, note, ["input", "decoded"])
 
 
@@ -212,7 +216,8 @@ def visualize_latent_space_2d(
     colours = matplotlib.colormaps["tab10"]
     for label in np.unique(labels):
         x, y = z[labels == label].T
-        style = {"color": colours(label), "label": class_names[label]}
+        name = class_names[label] if label < len(class_names) else str(label)
+        style = {"color": colours(label % 10), "label": name}
         axes.scatter(x, y, s=3, alpha=0.5, linewidths=0, **style)
     for share in (0.5, 0.95):
         radius = (-2 * np.log(1 - share)) ** 0.5  # |z|^2 is exponential with mean 2
@@ -249,6 +254,7 @@ def visualize_interpolation(
     rows = []
     for i in range(0, len(images) - 1, 2):
         steps = interpolate_latent_space(model, codes[i], codes[i + 1], num_steps)
+        steps = steps.view(-1, *images.shape[1:])
         rows += [images[i : i + 1], steps, images[i + 1 : i + 2]]
     labels = ["input", *[f"{a:.2f}" for a in np.linspace(0, 1, num_steps)], "input"]
     save_tiles(torch.cat(rows), num_steps + 2, path, note, column_labels=labels)
@@ -369,7 +375,8 @@ def write_explorer(folder: Path, model: nn.Module, config: dict, loader: Iterabl
         return
     shown = labels[:200].argsort(stable=True)[::10]  # a few of every class
     run = {key: config[key] for key in ("model", "dataset", "notice", "recon")} | layers | {
-        "folder": folder.resolve().name, "classes": CLASS_NAMES[config["dataset"]],
+        "classes": CLASS_NAMES.get(config["dataset"], ["pictures"]),
+        "folder": folder.resolve().name,
         "beta": config.get("beta", 1), "is_vae": isinstance(q, tuple), "logvar_range": LOGVAR_RANGE,
         "shape": images.shape[1:], "images": images[shown], "shown": shown.tolist(),
         "labels": labels.tolist(), "codes": mu[:, :2], "use": use.tolist(),
@@ -414,7 +421,7 @@ def draw_run(
         path = folder / "attributes.png"
         visualize_attributes(model, loader, device, path, attributes, note)
     if config["latent_dim"] == 2:
-        names, path = CLASS_NAMES[config["dataset"]], folder / "latent_space.png"
+        names, path = CLASS_NAMES.get(config["dataset"], ["pictures"]), folder / "latent_space.png"
         if config["dataset"] == "celeba" and "Smiling" not in factors:
             names = ("unknown",)  # there is no list of attributes
         visualize_latent_space_2d(model, loader, device, path, names, note)

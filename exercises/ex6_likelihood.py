@@ -93,13 +93,14 @@ def log_likelihood(model: nn.Module, x: Tensor, num_samples: int, rows: int = 25
 
 
 class PaperVAE(BaseVAE):
-    """The network of Burda et al. with one stochastic layer: 784 - 200 - 200 - 50 and back, tanh."""
+    """The network of Burda et al. with one stochastic layer: 784-200-200-50 and back, tanh."""
 
     def __init__(self, input_dim: int = 784, hidden_dim: int = 200, latent_dim: int = 50):
         super().__init__()
         self.latent_dim = latent_dim
         self.encoder = nn.Sequential(
-            nn.Linear(input_dim, hidden_dim), nn.Tanh(), nn.Linear(hidden_dim, hidden_dim), nn.Tanh()
+            nn.Linear(input_dim, hidden_dim), nn.Tanh(),
+            nn.Linear(hidden_dim, hidden_dim), nn.Tanh(),
         )
         self.fc_mu = nn.Linear(hidden_dim, latent_dim)
         self.fc_logvar = nn.Linear(hidden_dim, latent_dim)
@@ -136,12 +137,13 @@ class IWAE(PaperVAE):
 
 train.MODELS |= {"paper": PaperVAE, "iwae": IWAE}  # so that train.train_run can build them
 
-PAPER = "--binarize --batch-size 100 --lr-schedule cosine --model "
+COSINE = "--binarize --lr-schedule cosine "
+PAPER = COSINE + "--batch-size 100 --model "
 RECIPES = {  # the rows of the table in README.md, section 6: options of train.py
     "vae": PAPER + "paper --epochs 800 --kl-anneal 40",
     "vae-plain": PAPER + "paper --epochs 400",
     "iwae": PAPER + "iwae --epochs 240",
-    "conv": "--binarize --model conv --latent-dim 64 --batch-size 64 --lr-schedule cosine --epochs 72",
+    "conv": COSINE + "--model conv --latent-dim 64 --batch-size 64 --epochs 72",
     "mlp": "--binarize",
     "mlp-grey": "",
 }
@@ -203,7 +205,7 @@ def evaluate_run(folder: Path, args: argparse.Namespace) -> dict:
     """
     model, checkpoint = train.load_run(folder)
     config, path = checkpoint["config"], folder / "evaluation.json"
-    if config["recon"] != "bce" or config["dataset"] in train.COLOUR:
+    if config["recon"] != "bce" or train.is_colour(config["dataset"]):
         raise UserError(f"{folder}: has no likelihood of binary pixels, being {config['model']} on "
                         f"{config['dataset']} with --recon {config['recon']}; evaluate a VAE of "
                         "grey images with --recon bce")

@@ -256,7 +256,7 @@ def jpegs(n: int = 10_000) -> None:
         print(f"of {sum(path.stat().st_size for path in paths) / n:,.0f} bytes on average")
 
         def load(root: Path) -> None:
-            for path in root.glob("celeba/celeba-64x64*"):
+            for path in root.glob("celeba/img_align_celeba-64x64*"):
                 path.unlink()
             with contextlib.redirect_stdout(io.StringIO()):
                 load_dataset("celeba", root)

@@ -45,8 +45,9 @@ def test_the_loss_and_its_gradient_are_the_cpus(architecture, drawn, faces):
     model, images = architecture(), images_for(architecture, drawn, faces)
     expected = terms_and_gradient(model, images, "cpu")
     for ours, theirs in zip(terms_and_gradient(model, images, "cuda"), expected):
-        # BatchNorm in training magnifies rounding.
-        assert (ours - theirs).norm() < (1e-3 if architecture is CelebAVAE else 1e-4) * theirs.norm()
+        # BatchNorm in training magnifies rounding: the CPU is 1e-4 off its own float64.
+        limit = 1e-3 if architecture is CelebAVAE else 1e-4
+        assert (ours - theirs).norm() < limit * theirs.norm()
 
 
 @pytest.mark.parametrize("amp", [False, True])

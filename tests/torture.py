@@ -1,4 +1,4 @@
-"""Attacks on what a run stands on: its files, the network, its life (make torture; 5 minutes).
+"""Attacks on what a run stands on: its files, the network, its life (make torture; 7 minutes).
 
 Every attack is a function of a number, from which its chances are drawn, and of an empty folder;
 it raises if anything was lost that must not be. The table shows what it stands for. `make test`
@@ -196,15 +196,15 @@ def idx_file(i: int, folder: Path) -> None:
 
 
 def wrong_idx_file(i: int, folder: Path) -> None:
-    """IDX: closed files, wrong labels, counts and shapes"""
+    """IDX: closed files, wrong counts and shapes"""
     root = small_mnist(folder)
     images, labels = root / "train-images-idx3-ubyte.gz", root / "train-labels-idx1-ubyte"
     what, *words = [
-        (None, images, "Permission denied"), (np.arange(400) % 11, labels, "label 10"),
+        (None, images, "Permission denied"),
         (np.zeros(399), labels, images, "400 images", "399 labels"),
         (np.zeros((0, 28, 28)), images, "(0, 28, 28)"),
         (np.zeros((400, 28, 27)), images, "(400, 28, 27)"),
-    ][i % 5]
+    ][i % 4]
     images.chmod(0) if what is None else write_idx(words[0], what)
     folder.chmod(0o755)
 
@@ -334,8 +334,8 @@ def download(i: int, folder: Path) -> None:
 
     def load(*mirrors: str, limit: int = resource.RLIM_INFINITY) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        lists = {"IDX_MIRRORS": {"mnist": mirrors}, "IDX_CHECKSUMS": {"mnist": sums}}
-        with patch.multiple(data, DOWNLOAD_TIMEOUT=0.2, **lists):
+        sets = {"mnist": ("raw", mirrors, [sums[stem] for stem in data.IDX_FILES])}
+        with patch.multiple(data, DOWNLOAD_TIMEOUT=0.2, IDX_SETS=sets):
             split, _ = data.load_dataset("mnist", root)
         assert torch.equal(split.images, digits().images[:400])
 
@@ -372,7 +372,8 @@ def checkpoint(i: int, folder: Path) -> None:
         another = train.build_model(found["config"] | {"hidden_dim": 16}).state_dict()
         changes = [{"model": another}, {"model": {}}, {"config": {}}, {"history": malice}]
         changes += [{"config": found["config"] | {"beta": 2.0}}] * resume
-        torch.save(found | chance.choice(changes), path)
+        halves = [{key: found[key] for key in found if key != missing} for missing in found]
+        torch.save(chance.choice([found | change for change in changes] + halves), path)
     redraw = [str(out), "--data-dir", str(home() / "data")]
     ended = run(lambda: train_short(out, "--resume") if resume else train.redraw(redraw), folder)
     if kind == 3 and ended.status == 0:  # a byte without a meaning, such as a time
@@ -564,8 +565,8 @@ ATTACKS = {  # how often: in make torture, in make test
     decoding: (60, 2),
     download: (90, 4),
     checkpoint: (400, 10),
-    kill: (40, 1),
-    interrupt: (120, 2),
+    kill: (30, 1),
+    interrupt: (60, 2),
     saving: (20, 2),
     at_once: (20, 2),
     extreme: (len(EXTREMES), 4),
@@ -580,9 +581,8 @@ def main() -> None:
     print(f"| attack | tries | survived | seconds |\n{4 * '| --- '}|", flush=True)
     try:
         reference()
-        for attack, (all_of_them, some) in ATTACKS.items():
-            begin, failed = time.monotonic(), len(failures)
-            tries = (some if few else all_of_them) * (not named or attack.__name__ in named)
+        for attack in (a for a in ATTACKS if not named or a.__name__ in named):
+            begin, failed, tries = time.monotonic(), len(failures), ATTACKS[attack][few]
             for i in range(tries):
                 with tempfile.TemporaryDirectory(prefix="torture-") as folder:
                     try:

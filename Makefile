@@ -31,6 +31,9 @@ train-celeba: .venv/ready  ## the VAE of 64 x 64 faces on CelebA, or on drawn on
 ae: .venv/ready  ## an autoencoder beside a VAE: what sampling needs
 	$(RUN) exercises/ex0_autoencoder.py --dataset mnist --fallback digits
 
+check: .venv/ready  ## mark your answers in exercises/workbook.py, step by step
+	$(RUN) exercises/check.py
+
 exercises: .venv/ready  ## solve the exercises: under an hour; with QUICK=1 a glance, small
 	$(RUN) exercises/ex1_beta_vae.py $(SMALL)
 	$(if $(QUICK),,$(RUN) exercises/ex1_beta_vae.py --dataset digits)
@@ -40,7 +43,7 @@ exercises: .venv/ready  ## solve the exercises: under an hour; with QUICK=1 a gl
 	$(RUN) exercises/ex4_mse_vs_bce.py $(SMALL)
 	$(RUN) exercises/ex5_kl_annealing.py $(SMALL)
 
-test: .venv/ready  ## the tests: on the CPU, offline, under two minutes
+test: .venv/ready  ## the tests: offline, on the CPU (and on a GPU what needs one)
 	$(RUN) -m pytest -q tests
 
 torture: .venv/ready  ## attack files, downloads and runs: 7 minutes
@@ -52,4 +55,4 @@ bench: .venv/ready  ## how fast it is, beside a plain loop and the bare products
 clean:  ## remove .venv and caches; keeps data/ and runs/
 	rm -rf .venv .pytest_cache .hypothesis __pycache__ */__pycache__
 
-.PHONY: help setup train-mnist train-mnist-2d train-conv train-celeba ae exercises test torture bench clean
+.PHONY: help setup train-mnist train-mnist-2d train-conv train-celeba ae check exercises test torture bench clean

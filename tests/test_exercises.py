@@ -101,7 +101,7 @@ def test_dci_is_of_weights_fitted_on_one_half_and_of_errors_on_the_other():
     assert dci["informativeness"] == pytest.approx(0.5, abs=0.1)
     for half in (slice(2500), slice(2500, 5000)):  # in which alone the factor is known
         z = torch.randn(5000, 2)
-        z[half, 0] = a[half] - 0.5
+        z[half, 0] = (a[half] - 0.5) * 12**0.5
         assert metrics.dci(z, {"a": a})["informativeness"] < 0.1
 
 

@@ -255,6 +255,7 @@ def test_pictures_that_are_not_square_are_drawn_as_they_are_or_refused(tmp_path)
         viz.as_images(torch.rand(2, 200))
 
 
+@pytest.mark.usefixtures("no_figures")
 def test_home_a_checkpoints_path_and_a_notebooks_arguments(tmp_path, mnist_root, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     shutil.copytree(mnist_root, tmp_path / "sets")

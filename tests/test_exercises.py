@@ -24,7 +24,7 @@ from ex3_conditional_vae import one_hot
 from hypothesis import given, settings, strategies as st
 from metrics import precision_recall
 from torch.distributions import Bernoulli, Normal, kl_divergence
-from vae import VAE, vae_loss
+from vae import vae_loss
 
 generators = st.builds(lambda seed: torch.Generator().manual_seed(seed), st.integers(0, 10**6))
 

@@ -62,9 +62,12 @@ def test_a_file_that_is_cut_short_does_not_win_over_a_good_one(tmp_path, drawn):
     plain = write_idx(folder / "train-images-idx3-ubyte", drawn.images[:40, 0].numpy())
     plain.write_bytes(plain.read_bytes()[:-1])
     assert torch.equal(load_dataset("mnist", tmp_path)[0].images, drawn.images[:40])
+    whole = plain.read_bytes() + bytes([drawn.images[39, 0, -1, -1]])
     (folder / "train-images-idx3-ubyte.gz").write_bytes(b"\x1f\x8bno more")
     with pytest.raises(UserError, match="train-images-idx3-ubyte.gz: is damaged"):
         load_dataset("mnist", tmp_path)
+    plain.write_bytes(whole)
+    assert torch.equal(load_dataset("mnist", tmp_path)[0].images, drawn.images[:40])
 
 
 def test_another_set_of_mnists_names_is_refused_by_its_own(tmp_path, drawn, monkeypatch, capsys):
@@ -197,11 +200,12 @@ def test_a_folder_of_pictures_is_trained_on(tmp_path, monkeypatch):
     assert (run / "reconstruction.png").is_file() and (run / "latent_space.png").is_file()
     before = load_dataset(str(folder))
     assert sum(len(split.images) for split in before) == 30
-    gradient(50, 50).save(folder / "another.png")  # moves none of the others to the other side
-    after = load_dataset(str(folder))
-    for old, new in zip(before, after):
-        assert {image.numpy().tobytes() for image in old.images} <= {
-            image.numpy().tobytes() for image in new.images}
+    for i in range(40):  # others, which move none of these to the other side
+        gradient(50, 50 + i).save(folder / f"{'az'[i % 2]}{i}.png")
+        after = load_dataset(str(folder))
+        for old, new in zip(before, after):
+            assert {image.numpy().tobytes() for image in old.images} <= {
+                image.numpy().tobytes() for image in new.images}
 
 
 def test_too_few_pictures_or_no_place_are_said(tmp_path, monkeypatch):

@@ -24,7 +24,7 @@ import train
 import viz
 from ae import Autoencoder
 from data import Batches, UserError
-from vae import VAE, CelebAVAE, ConvVAE
+from vae import VAE, CelebAVAE
 
 FILES = {"config.json", "history.csv", "checkpoint.pt"}
 FIGURES = {"training.png", "reconstruction.png", "samples.png", "interpolation.png"}

@@ -10,6 +10,7 @@ Every dataset is loaded by one call and has one shape:
 `Batches` then serves it as float images in [0, 1], one batch at a time.
 
 mnist, fashion-mnist, kmnist   28 x 28 grey, read where they lie below <root>, or downloaded
+mnist-validation               the training images of mnist alone, the last sixth for testing
 celeba, any folder's path      64 x 64 colour, from <root>/celeba/, or from the folder
 digits, faces                  28 x 28 grey, 64 x 64 colour, drawn here: all factors known
 """
@@ -565,6 +566,7 @@ def load_picture(path: str | Path, channels: int = 3, side: int = 64) -> Tensor:
 
 CLASS_NAMES = {
     "mnist": tuple("0123456789"),
+    "mnist-validation": tuple("0123456789"),
     "fashion-mnist": ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt",
                       "sneaker", "bag", "ankle boot"),
     "kmnist": ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
@@ -584,6 +586,10 @@ def load_dataset(name: str, root: str | Path = PROJECT_DATA) -> tuple[Split, Spl
     """
     if name == "celeba":
         return load_celeba(Path(root))
+    if name == "mnist-validation":  # settings are chosen on it, so that the test set stays unseen
+        images, labels, _ = load_idx("mnist", Path(root))[0]
+        n = len(images) // 6
+        return Split(images[:-n], labels[:-n], {}), Split(images[-n:], labels[-n:], {})
     if name in DRAWN:
         return load_drawn(name, Path(root))
     return load_idx(name, Path(root)) if name in IDX_SETS else load_folder(Path(name))

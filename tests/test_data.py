@@ -87,6 +87,15 @@ def test_class_names_are_those_of_the_publishers():
     assert data.CLASS_NAMES["mnist"] == data.CLASS_NAMES["digits"] == (*"0123456789",)
 
 
+def test_the_validation_set_is_held_out_of_the_training_images(mnist_root):
+    """Its last sixth, 10,000 of the 60,000; the test images are not touched."""
+    (images, labels, _), _ = load_dataset("mnist", mnist_root)
+    train, held_out = load_dataset("mnist-validation", mnist_root)
+    assert len(held_out.images) == len(held_out.labels) == 1000 // 6
+    for part, whole in ((0, images), (1, labels)):
+        assert torch.equal(torch.cat([train[part], held_out[part]]), whole)
+
+
 @pytest.fixture(params=["mnist", "fashion-mnist"])
 def mirror(request, tmp_path, mnist_root, monkeypatch):
     """A local mirror of few images; mirror(behaviour, ...) decides what it answers."""

@@ -49,13 +49,14 @@ def kl_divergence_gaussian(mu: Tensor, logvar: Tensor) -> Tensor:
     (Kingma & Welling 2013, appendix B). It is never negative, and 0 only where
     mu = 0 and sigma = 1.
     """
-    # expm1(logvar) is sigma^2 - 1 without the rounding of exp(logvar) near 1, in which
-    # a small KL would drown: at logvar = 1e-4 float32 would give 0 instead of 2.5e-9.
+    # expm1(logvar) is sigma^2 - 1 without the rounding of exp(logvar) near 1. That keeps the
+    # digits of a small KL, 2.5e-9 at logvar = 1e-4 and not 0. The gradients are as with exp.
     return 0.5 * (mu.pow(2) + torch.expm1(logvar) - logvar).sum(dim=1)
 
 
 def bce_from_logits(x_logits: Tensor, x: Tensor) -> Tensor:
-    """Binary cross-entropy per image, summed over its pixels: (batch,), nats.
+    """Binary cross-entropy per image, summed over its pixels: (batch,), nats. It is what torch
+    calls binary_cross_entropy_with_logits.
 
     x: images in [0, 1]; x_logits: as many logits, any real numbers, flat or not. For
     pixels of 0 and 1 it is -log p(x|z) of Bernoulli pixels with mean sigmoid(x_logits).
@@ -89,9 +90,9 @@ def vae_loss(
     """The negative ELBO, its KL weighted by beta: (total, recon, kl), summed over the batch.
 
     x_logits, x: the same images, (batch, ...); mu, logvar: (batch, latent_dim);
-    recon_loss: bce_from_logits or squared_error. Three scalars in nats (but recon in the
-    units of recon_loss), total = recon + beta * kl. recon is a one-sample Monte Carlo
-    estimate of -E_q(z|x)[log p(x|z)]; kl is exact.
+    recon_loss: bce_from_logits or squared_error. Three scalars, total = recon + beta * kl. kl
+    is exact, in nats. recon is a one-sample Monte Carlo estimate of -E_q(z|x)[log p(x|z)], in
+    nats with the BCE, and with the squared error but for a constant (see there).
     """
     recon = recon_loss(x_logits, x).sum()
     kl = kl_divergence_gaussian(mu, logvar).sum()

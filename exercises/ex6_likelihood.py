@@ -1,7 +1,8 @@
-"""Exercise 6: how good is a VAE, in the unit of the papers? log p(x), by importance sampling.
+"""Exercise 6: how good is a VAE, in the unit of the papers? log p(x), and what the bound misses.
 
-    python exercises/ex6_likelihood.py runs/mnist-mlp              one run, or several, compared
-    python exercises/ex6_likelihood.py --recipe iwae               train that first, then evaluate
+    python exercises/ex6_likelihood.py runs/mnist-mlp    evaluate a run
+    python exercises/ex6_likelihood.py --recipe conv     train that first (or go on with it)
+    python exercises/ex6_likelihood.py --recipe conv --dataset mnist-validation --lr 1e-3 --out DIR
 
 Papers give nats of log p(x) on binarized MNIST: every pixel is 0 or 1, drawn with its grey value
 as the probability of 1. The ELBO only bounds it. For draws z_1 ... z_k from q(z|x)
@@ -10,6 +11,7 @@ as the probability of 1. The ELBO only bounds it. For draws z_1 ... z_k from q(z
 
 is a bound, too: L_1 is the ELBO, L_k never falls as k grows, and goes to log p(x) (Burda, Grosse
 & Salakhutdinov 2016, arXiv:1509.00519). Maximised in place of the ELBO it makes an IWAE.
+What the ELBO misses is KL( q(z|x) || p(z|x) ). Of two latents posterior.png shows p(z|x) itself.
 """
 
 import argparse
@@ -17,7 +19,6 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -27,12 +28,12 @@ from matplotlib.figure import Figure
 from metrics import active_units
 from torch import Tensor
 
-from data import Batches, UserError, binarize_once, show_status, write_atomically
+from data import UserError, binarize_once, show_status, write_atomically
 from vae import LOGVAR_RANGE, BaseVAE, kl_divergence_gaussian
 from viz import save
 
-BOUND_SIZES = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000)  # and that of all draws together
-
+BOUND_SIZES = (1, 5, 50, 500, 5000)  # each a multiple of the one before
+ROWS = 500  # decoded at a time: they fit into a processor's cache
 
 # ------------------------------------------------------------------- importance sampling
 
@@ -42,11 +43,10 @@ def log_weights(
 ) -> tuple[Tensor, Tensor]:
     """The logarithms of the importance weights w_i = p(x|z_i) p(z_i) / q(z_i|x).
 
-    x: (batch, ...), q(z|x) by its mu and logvar: (batch, latent_dim); epsilon: noise from
-    N(0, I), (k, batch, latent_dim), for the draws z_i = mu + sigma epsilon_i. Returns log w,
-    and -log p(x|z), which is a part of it: both (k, batch), nats. Over draws from q the
-    expectation of w is p(x), that of log w is the ELBO. A beta other than 1 (KL annealing)
-    weighs log p(z) / q(z|x), whose expectation is -KL, as it weighs the KL in `vae_loss`.
+    x: (batch, ...); mu, logvar of q(z|x): (batch, latent_dim); epsilon: noise from N(0, I),
+    (k, batch, latent_dim), for z_i = mu + sigma epsilon_i. Returns log w, and -log p(x|z), a part
+    of it: both (k, batch), nats. Over draws from q the mean of w is p(x), that of log w the ELBO.
+    beta (KL annealing) weighs log p(z) / q(z|x), whose mean is -KL, as in `vae_loss`.
     """
     z = mu + torch.exp(0.5 * logvar) * epsilon
     x = x.expand(len(epsilon), *x.shape).flatten(0, 1)  # as many copies as draws
@@ -57,39 +57,102 @@ def log_weights(
 
 
 def importance_weighted_bound(log_w: Tensor) -> Tensor:
-    """log( 1/k sum_i w_i ) of every image: (k, batch) -> (batch,), nats.
-
-    Its expectation is L_k. logsumexp takes the largest log w out of the sum: exp(log w) itself
-    is 0 in float32 below e^-104, and a typical image of MNIST is near e^-90.
-    """
+    """log( 1/k sum_i w_i ) of every image: (k, batch) -> (batch,), nats. Its mean is L_k."""
+    # logsumexp takes out the largest log w, for exp(-104) is 0 in float32, and some are below.
     return torch.logsumexp(log_w, dim=0) - math.log(len(log_w))
 
 
 @torch.no_grad()
-def draw_log_weights(model: nn.Module, x: Tensor, num_samples: int, rows: int = 250) -> Tensor:
-    """log w of num_samples draws from q(z|x) of each image x: (num_samples, batch), nats.
+def evaluate(
+    model: nn.Module, x: Tensor, mu: Tensor, logvar: Tensor, num_samples: int
+) -> Tensor:
+    """The bounds L_k of log p(x) of every image x, (batch, ...), from num_samples draws, for the k
+    in BOUND_SIZES up to num_samples: (sizes, batch), nats. The last is close to log p(x).
 
-    Decodes at most rows codes at a time (or one an image). Put the model in evaluation mode.
+    L_k is the mean over the first k draws, the next k, and so on. Decodes at most ROWS codes at a
+    time (or one an image). x: pixels 0 or 1; mu, logvar: as for `log_weights`.
     """
-    mu, logvar = model.encode(x)
     epsilon = torch.randn(num_samples, *mu.shape, dtype=mu.dtype, device=mu.device)
-    parts = epsilon.split(max(1, rows // len(x)))
-    return torch.cat([log_weights(model, x, mu, logvar, part)[0] for part in parts])
+    parts = epsilon.split(max(1, ROWS // len(x)))
+    log_w = torch.cat([log_weights(model, x, mu, logvar, part)[0] for part in parts])
+    groups = [log_w.unflatten(0, (-1, k)) for k in BOUND_SIZES if k <= num_samples]
+    return torch.stack([importance_weighted_bound(g.transpose(0, 1)).mean(dim=0) for g in groups])
 
 
-def log_likelihood(model: nn.Module, x: Tensor, num_samples: int, rows: int = 250) -> Tensor:
-    """Estimate log p(x) of every image from num_samples draws: (batch, ...) -> (batch,), nats.
+# ------------------------------------------------------------------- what the bound misses
 
-    On average it is too low (it is the bound L_k), the less so the more draws; in the
-    literature 5,000 is usual. As many images at a time as make rows codes, so memory does not
-    grow with the batch. Put the model in evaluation mode.
+
+@torch.no_grad()
+def posterior_on_grid(model: nn.Module, x: Tensor, line: Tensor) -> tuple[Tensor, float]:
+    """log p(z|x) of one image, (1, ...), for the codes z = (a, b), a and b from line: a matrix;
+    and log p(x), nats: the sum of p(x|z) p(z) over a grid on which nothing is left out."""
+    z = torch.cartesian_prod(line, line)
+    parts = [model.recon_loss(model.decode_logits(part), x.expand(len(part), *x.shape[1:]))
+             for part in z.split(ROWS)]
+    log_joint = -torch.cat(parts) - 0.5 * z.pow(2).sum(dim=1) - math.log(2 * math.pi)
+    log_p_x = torch.logsumexp(log_joint, dim=0) + 2 * math.log(line[1] - line[0])
+    return (log_joint - log_p_x).view(len(line), -1), log_p_x.item()
+
+
+def gaussian_on_grid(mu: Tensor, logvar: Tensor, line: Tensor) -> Tensor:
+    """log q(z|x) of one image, mu and logvar (1, 2), on the same grid."""
+    a, b = -0.5 * ((line - mu.T) ** 2 / logvar.exp().T + logvar.T + math.log(2 * math.pi))
+    return a[:, None] + b
+
+
+@torch.enable_grad()
+def optimise(model: nn.Module, x: Tensor, mu: Tensor, logvar: Tensor, steps: int = 400) -> tuple:
+    """The mu and logvar with the highest ELBO for every image by itself: Adam from the encoder's.
+
+    What that gains is the amortization gap, the price of one encoder for all images; the rest of
+    KL( q(z|x) || p(z|x) ) is the approximation gap, the price of independent Gaussians
+    (Cremer, Li & Duvenaud 2018, arXiv:1801.03558).
     """
-    parts = x.split(max(1, rows // num_samples))
-    log_w = (draw_log_weights(model, part, num_samples, rows) for part in parts)
-    return torch.cat([importance_weighted_bound(part) for part in log_w])
+    mu, logvar = (part.detach().clone().requires_grad_() for part in (mu, logvar))
+    optimizer = torch.optim.Adam([mu, logvar])
+    for step in range(steps):
+        epsilon = torch.randn(16, *mu.shape, dtype=mu.dtype, device=mu.device)
+        _, recon = log_weights(model, x, mu, logvar, epsilon)
+        loss = (recon.mean(dim=0) + kl_divergence_gaussian(mu, logvar)).sum()
+        optimizer.param_groups[0]["lr"] = 0.05 * (1 - step / steps)
+        mu.grad, logvar.grad = torch.autograd.grad(loss, [mu, logvar])
+        optimizer.step()
+    return mu.detach(), logvar.detach()
 
 
-# ------------------------------------------------------------------- the paper's models
+@torch.no_grad()
+def visualize_posterior(model: nn.Module, x: Tensor, path: Path, note: str = "") -> None:
+    """For each image x, (n, ...), the posterior p(z|x) on a grid, and over it q(z|x) at 1 and 2
+    sigma: the encoder's, and, dashed, the best (see `optimise`). Below, in nats, that
+    ELBO + KL( q(z|x) || p(z|x) ) = log p(x). model: of two latents."""
+    figure = Figure(figsize=(2.5 * len(x), 4.2), layout="constrained")
+    line = torch.linspace(-6, 6, 501, device=x.device)  # steps of half a sigma
+    grid = line.cpu().numpy()
+    for image, (above, axes) in zip(x.split(1), figure.subplots(2, len(x), squeeze=False).T):
+        above.imshow(image.view(28, 28).cpu().numpy(), cmap="gray_r")
+        above.axis("off")
+        posterior, log_p_x = posterior_on_grid(model, image, line)
+        q = model.encode(image)
+        ours, best = (gaussian_on_grid(*q, line) for q in (q, optimise(model, image, *q)))
+        kl, least = ((log_q.exp() * (log_q - posterior)).sum().item() * (line[1] - line[0]) ** 2
+                     for log_q in (ours, best))
+        elbo, l_5, l_50, _, l_5000 = evaluate(model, image, *q, 5000)[:, 0].tolist()
+        density, ellipses = posterior.exp().T.cpu().numpy(), dict(colors="tab:red", linewidths=0.8)
+        axes.pcolormesh(grid, grid, density, cmap="Blues", shading="gouraud")
+        for log_q, style in ((ours, "solid"), (best, "dashed")):
+            log_q, levels = (log_q - log_q.max()).T.cpu().numpy(), (-2, -0.5)  # 2 sigma and 1
+            axes.contour(grid, grid, log_q, levels, linestyles=style, **ellipses)
+        seen = line[((posterior > posterior.max() - 7) | (ours > ours.max() - 3)).nonzero()].cpu()
+        low, high = seen.amin(dim=0), seen.amax(dim=0)
+        middle, half = (low + high) / 2, (high - low).max() / 2
+        xlim, ylim = torch.stack([middle - half, middle + half], dim=1).tolist()
+        axes.set(aspect="equal", xlim=xlim, ylim=ylim, xlabel=f"ELBO {elbo:.2f} + KL {kl:.2f} "
+                 f"= {elbo + kl:.2f}\nlog p(x) {log_p_x:.2f}\n$L_5$ {l_5:.2f}, $L_{{50}}$ "
+                 f"{l_50:.2f}, $L_{{5000}}$ {l_5000:.2f}\nKL of the best q {least:.2f}")
+    save(figure, path, note)
+
+
+# ------------------------------------------------------------------- the models and the recipes
 
 
 class PaperVAE(BaseVAE):
@@ -97,17 +160,11 @@ class PaperVAE(BaseVAE):
 
     def __init__(self, input_dim: int = 784, hidden_dim: int = 200, latent_dim: int = 50):
         super().__init__()
-        self.latent_dim = latent_dim
-        self.encoder = nn.Sequential(
-            nn.Linear(input_dim, hidden_dim), nn.Tanh(),
-            nn.Linear(hidden_dim, hidden_dim), nn.Tanh(),
-        )
-        self.fc_mu = nn.Linear(hidden_dim, latent_dim)
-        self.fc_logvar = nn.Linear(hidden_dim, latent_dim)
-        self.decoder = nn.Sequential(
-            nn.Linear(latent_dim, hidden_dim), nn.Tanh(),
-            nn.Linear(hidden_dim, hidden_dim), nn.Tanh(), nn.Linear(hidden_dim, input_dim),
-        )
+        self.latent_dim, n = latent_dim, hidden_dim
+        self.encoder = nn.Sequential(nn.Linear(input_dim, n), nn.Tanh(), nn.Linear(n, n), nn.Tanh())
+        self.fc_mu, self.fc_logvar = nn.Linear(n, latent_dim), nn.Linear(n, latent_dim)
+        hidden = nn.Linear(latent_dim, n), nn.Tanh(), nn.Linear(n, n), nn.Tanh()
+        self.decoder = nn.Sequential(*hidden, nn.Linear(n, input_dim))
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (batch, ...) -> mu, logvar: (batch, latent_dim)."""
@@ -128,8 +185,8 @@ class IWAE(PaperVAE):
         """(total, recon, kl): total is an estimate of -L_k (for beta = 1), on average no more than
         recon + kl, which are the terms of -ELBO all the same."""
         mu, logvar = self.encode(images)
-        shape = (self.importance_samples, *mu.shape)
-        epsilon = torch.randn(shape, dtype=mu.dtype, device=mu.device)
+        k = self.importance_samples
+        epsilon = torch.randn(k, *mu.shape, dtype=mu.dtype, device=mu.device)
         log_w, recon = log_weights(self, images, mu, logvar, epsilon, beta)
         kl = kl_divergence_gaussian(mu, logvar)
         return -importance_weighted_bound(log_w).sum(), recon.mean(dim=0).sum(), kl.sum()
@@ -138,162 +195,105 @@ class IWAE(PaperVAE):
 train.MODELS |= {"paper": PaperVAE, "iwae": IWAE}  # so that train.train_run can build them
 
 COSINE = "--binarize --lr-schedule cosine "
-PAPER = COSINE + "--batch-size 100 --model "
 RECIPES = {  # the rows of the table in README.md, section 6: options of train.py
-    "vae": PAPER + "paper --epochs 800 --kl-anneal 40",
-    "vae-plain": PAPER + "paper --epochs 400",
-    "iwae": PAPER + "iwae --epochs 240",
-    "conv": COSINE + "--model conv --latent-dim 64 --batch-size 64 --epochs 72",
+    "vae": COSINE + "--model paper --batch-size 100 --epochs 800 --kl-anneal 40",
+    "iwae": COSINE + "--model iwae --batch-size 100 --epochs 240",
+    "conv": COSINE + "--model conv --latent-dim 64 --batch-size 64 --lr 1e-3 --epochs 170 --amp",
     "mlp": "--binarize",
     "mlp-grey": "",
+    "plane": "--binarize --latent-dim 2",
 }
-
 
 # ------------------------------------------------------------------- the evaluation
 
 
-@torch.no_grad()
-def evaluate(model: nn.Module, loader: Iterable, num_samples: int, rows: int = 250) -> dict:
-    """The bounds L_k of log p(x), k from 1 (the ELBO) to num_samples (close to log p(x) itself).
-
-    loader: any iterable of (images, labels), pixels 0 or 1; model: in evaluation mode, on their
-    device. Means over the images, in nats. The spread of L_k is the standard deviation of its
-    estimates for one and the same image, as a root mean square over the images; None where an
-    image has only one estimate.
-    """
-    start = time.monotonic()
-    sizes = [k for k in BOUND_SIZES if k < num_samples] + [num_samples]
-    means, moments, done = [], [], 0
-    for images, _ in loader:
-        means.append(model.encode(images)[0])
-        for part in images.split(max(1, rows // num_samples)):
-            log_w = draw_log_weights(model, part, num_samples, rows)
-            # L_k from the first k draws, from the next k, and so on: (estimates, images)
-            groups = [log_w[: len(log_w) // k * k].unflatten(0, (-1, k)) for k in sizes]
-            estimates = [importance_weighted_bound(group.transpose(0, 1)) for group in groups]
-            mean = torch.stack([e.mean(dim=0) for e in estimates])
-            variance = torch.stack([e.var(dim=0, correction=min(1, len(e) - 1)) for e in estimates])
-            moments.append(torch.stack([mean, variance]))
-            done += len(part)
-            show_status(f"{done:,} images, {time.monotonic() - start:.0f} s")
-    show_status("")
-    moments = torch.cat(moments, dim=2).double()
-    bounds = [
-        {"k": k, "bound": bound, "spread": variance**0.5 if 2 * k <= num_samples else None}
-        for k, bound, variance in zip(sizes, *moments.mean(dim=2).tolist())
-    ]
-    elbo, log_p_x = bounds[0]["bound"], bounds[-1]["bound"]
-    return {
-        "images": moments.shape[2],
-        "num_samples": num_samples,
-        "neg_elbo": -elbo,
-        "neg_log_likelihood": -log_p_x,
-        "standard_error": moments[0, -1].std().item() / moments.shape[2] ** 0.5,
-        "gap": log_p_x - elbo,
-        "active_units": active_units(torch.cat(means)),
-        "seconds": round(time.monotonic() - start, 1),
-        "bounds": bounds,
-    }
-
-
-def evaluate_run(folder: Path, args: argparse.Namespace) -> dict:
-    """Evaluate a run on all binarized test images, the same draw of them (seed 0) for every run;
-    args.seed is for the draws of z. Print it, and keep it in evaluation.json.
-
-    Whatever the pixels were in training, here the decoder's output is the mean of Bernoulli
-    pixels. What has been measured already, with the same weights, is read from the file.
-    """
+def evaluate_run(folder: Path, args: argparse.Namespace) -> None:
+    """Evaluate a run on all binarized test images, the same draw of them (seed 0) for every run,
+    whatever the pixels were in training. The results are kept in evaluation.json; after Ctrl-C,
+    what has been measured, and the same command goes on from there."""
     model, checkpoint = train.load_run(folder)
     config, path = checkpoint["config"], folder / "evaluation.json"
     if config["recon"] != "bce" or train.is_colour(config["dataset"]):
-        raise UserError(f"{folder}: has no likelihood of binary pixels, being {config['model']} on "
-                        f"{config['dataset']} with --recon {config['recon']}; evaluate a VAE of "
-                        "grey images with --recon bce")
+        raise UserError(f"{folder}: {config['model']} on {config['dataset']} with --recon "
+                        f"{config['recon']}: evaluate a VAE of grey images with --recon bce")
+    device = train.find_device(args.device, "ieee")
+    test = train.load_test_split(folder, config, args.data_dir)
+    images = binarize_once(test.images).to(device) / 255
+    model.to(device).requires_grad_(False)
     asked = {"epochs": len(checkpoint["history"]), "num_samples": args.num_samples,
-             "seed": args.seed, "notice": config["notice"]}
-    result = {}
-    with contextlib.suppress(OSError, TypeError, ValueError):  # missing or damaged: measured anew
-        result = dict(json.loads(path.read_bytes()))
-    if any(result.get(key) != value for key, value in asked.items()):
-        device = train.find_device(args.device, "ieee")
-        test = train.load_test_split(folder, config, args.data_dir)
-        loader = Batches(binarize_once(test.images).to(device), test.labels.to(device), 1000)
-        print(f"{folder}: {config['model']} on {config['dataset']}, {len(test.images):,} binarized "
-              f"test images, {args.num_samples:,} draws of z each", flush=True)
-        torch.manual_seed(args.seed)
-        result = evaluate(model.to(device), loader, args.num_samples, rows_at_once(device)) | asked
-        if not math.isfinite(result["neg_elbo"]):
-            raise UserError(f"{folder}: the model's outputs are not finite; train it again")
+             "images": len(images), "notice": config["notice"]}
+    result = asked | {"seconds": 0.0, "values": []}
+    with contextlib.suppress(OSError, TypeError, ValueError, KeyError):  # damaged: measured anew
+        found = json.loads(path.read_bytes())
+        result = found if all(found[key] == asked[key] for key in asked) else result
+    print(f"{folder}: {config['dataset']}, {len(images):,} binarized test images, "
+          f"{args.num_samples:,} draws of z each", flush=True)
+    values, begun, start = result["values"], len(result["values"]), time.monotonic()
+    try:
+        while (done := len(values)) < len(images):
+            torch.manual_seed(done)  # so that it can go on from here
+            x = images[done:][: max(1, ROWS // args.num_samples)]
+            values += evaluate(model, x, *model.encode(x), args.num_samples).T.tolist()
+            left = (time.monotonic() - start) / (len(values) - begun) * (len(images) - len(values))
+            show_status(f"{len(values):,} of {len(images):,} images, {left:.0f} s left")
+        show_status("")
+        if "gap" not in result:
+            result |= summary(model, images, torch.tensor(values).double(), args.num_samples)
+    finally:
+        result["seconds"] += time.monotonic() - start
         with write_atomically(path) as file:
-            file.write(json.dumps(result, indent=2).encode() + b"\n")
-    print(
-        f"{folder}: -ELBO {result['neg_elbo']:.2f}  -log p(x) {result['neg_log_likelihood']:.2f} "
-        f"+- {result['standard_error']:.2f}  gap {result['gap']:.2f} nats per image  active units "
-        f"{result['active_units']} of {config['latent_dim']}  {result['seconds']:.0f} s"
-    )
-    return result
+            file.write(json.dumps(result).encode() + b"\n")
+    print("-ELBO {neg_elbo:.2f}  -log p(x) {neg_log_likelihood:.2f} +- {standard_error:.2f}  gap "
+          "{gap:.2f} nats per image  active units {active_units}  {seconds:.0f} s\nof the gap of "
+          "the first 100: amortization {amortization_gap:.2f}, approximation "
+          "{approximation_gap:.2f}  {notice}".format(**result))
+    if config["latent_dim"] == 2:
+        shown, path = images[result["shown"]], folder / "posterior.png"
+        visualize_posterior(model, shown, path, config["notice"])
 
 
-def rows_at_once(device: torch.device) -> int:
-    """How many codes to decode at a time: what fits into a processor's cache, or half of what a
-    GPU has free, at 200 kB for a row of ConvVAE."""
-    if device.type == "cpu":
-        return 250
-    return min(2**16, torch.cuda.mem_get_info(device)[0] // 2 // 200_000)
-
-
-def visualize_bounds(evaluations: dict[str, dict], path: Path) -> None:
-    """The bound L_k of log p(x) against k: from the ELBO, k = 1, to the estimate of all draws.
-
-    evaluations: name -> what `evaluate_run` has measured. Lines are means over the images;
-    bands are one spread to either side (see `evaluate`).
-    """
-    figure = Figure(figsize=(5.4, 3.4), layout="constrained")
-    axes = figure.subplots()
-    for name, evaluation in evaluations.items():
-        name, points = name.replace("$", r"\$"), evaluation["bounds"]  # $ begins a formula
-        line, = axes.plot(
-            [p["k"] for p in points], [p["bound"] for p in points], ".-",
-            label=f"{name}: {points[0]['bound']:.2f} to {points[-1]['bound']:.2f}",
-        )
-        points = [p for p in points if p["spread"] is not None]
-        low, high = ([p["bound"] + sign * p["spread"] for p in points] for sign in (-1, 1))
-        axes.fill_between([p["k"] for p in points], low, high, color=line.get_color(), alpha=0.15)
-    axes.set(xscale="log", xlabel="draws k", ylabel="bound $L_k$ of log p(x), nats per image")
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right")
-    notes = {evaluation["notice"]: None for evaluation in evaluations.values()}
-    save(figure, path, "; ".join(filter(None, notes)))
+def summary(model: nn.Module, images: Tensor, values: Tensor, num_samples: int) -> dict:
+    """What evaluation.json tells beside values, the bounds of every image: (images, sizes)."""
+    bounds, x, (mu, logvar) = values.mean(dim=0).tolist(), images[:100], model.encode(images)
+    best = optimise(model, x, mu[:100], logvar[:100])
+    # The L_k of the better q is the closer to log p(x).
+    best_elbo, *_, log_p_x = evaluate(model, x, *best, num_samples).double().cpu()
+    amortization, approximation = best_elbo - values[:100, 0], log_p_x - best_elbo
+    order, n = (amortization + approximation).argsort().tolist(), len(x)
+    return {
+        "bounds": dict(zip(BOUND_SIZES, bounds)),
+        "neg_elbo": -bounds[0],
+        "neg_log_likelihood": -bounds[-1],
+        "standard_error": values[:, -1].std().item() / len(values) ** 0.5,
+        "gap": bounds[-1] - bounds[0],
+        "active_units": active_units(mu),
+        "amortization_gap": amortization.mean().item(),
+        "approximation_gap": approximation.mean().item(),
+        "shown": [order[n // 10], order[n // 2], order[-1], approximation.argmax().item()],
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = train.Parser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = train.Parser(description=__doc__, formatter_class=raw)
     add = parser.add_argument
-    add("runs", nargs="*", metavar="RUN", help="the folder of a run; the first gets bounds.png")
-    add("--recipe", choices=RECIPES, help="train this, or go on with it, in runs/likelihood/RECIPE")
-    add("--num-samples", type=train.number(int, 1, 10**6), default=5000, metavar="K",
-        help="draws of z for each image (5000)")
-    add("--seed", type=train.number(int, 0), default=0, metavar="N", help="of the draws of z (0)")
+    add("run", nargs="?", metavar="RUN", help="the folder of a run to evaluate")
+    add("--num-samples", type=int, choices=BOUND_SIZES[1:], default=5000, help="draws of z (5000)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="as for train.py")
     add("--data-dir", metavar="DIR", help="as for train.py")
+    add("--recipe", nargs=argparse.REMAINDER, help=f"{', '.join(RECIPES)}: train that before, in "
+        "runs/likelihood/RECIPE; what follows are options of train.py")
     args = parser.parse_args(argv)
-    if args.recipe:
-        recipe = train.parse_args(RECIPES[args.recipe].split())
-        recipe.out, recipe.resume = f"runs/likelihood/{args.recipe}", True
-        recipe.device, recipe.data_dir = args.device, args.data_dir
+    if args.recipe and args.recipe[0] in RECIPES and not args.run:
+        name, *more = args.recipe
+        recipe = train.parse_args([*RECIPES[name].split(), "--device", args.device, *more])
+        recipe.out, recipe.resume = recipe.out or f"runs/likelihood/{name}", True
+        recipe.data_dir = recipe.data_dir or args.data_dir
         train.draw_run(*train.train_run(recipe))
-        args.runs.insert(0, recipe.out)
-    if not args.runs:
-        parser.error("name the folder of a run, or a --recipe")
-    evaluations = {name: evaluate_run(Path(name), args) for name in args.runs}
-    path = Path(args.runs[0]) / "bounds.png"
-    visualize_bounds(evaluations, path)
-    print(f"saved {path}")
-    for name, evaluation in evaluations.items():
-        if notice := evaluation["notice"]:
-            print(f"*** REMEMBER: {name}: these are the {notice.upper()}. ***")
+        args.run, args.device, args.data_dir = recipe.out, recipe.device, recipe.data_dir
+    elif args.recipe is not None or not args.run:
+        parser.error(f"name the folder of a run, or --recipe and one of {', '.join(RECIPES)}")
+    evaluate_run(Path(args.run), args)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import shlex
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -128,11 +128,9 @@ def on_device(loader: Iterable, device: torch.device | str) -> Iterator:
     """The batches, on the device, if the first one is of images in [0, 1]: others, from -1 to 1 as
     in many tutorials, train to a loss without a bottom."""
     for number, (images, labels) in enumerate(loader):
-        if number == 0:
-            low, high = (bound.item() for bound in images.aminmax())
-            if not 0 <= low <= high <= 1:
-                raise UserError(f"images must be in [0, 1], and these go from {low:g} to {high:g}: "
-                                "leave out a Normalize, or divide by 255")
+        if number == 0 and not 0 <= images.min() <= images.max() <= 1:
+            raise UserError(f"images must be in [0, 1], and these go from {images.min():g} to "
+                            f"{images.max():g}: leave out a Normalize, or divide by 255")
         yield images.to(device), labels.to(device)
 
 
@@ -145,19 +143,9 @@ def mean_per_image(sums: torch.Tensor, count: int) -> tuple[float, float, float]
 
 
 def kl_weight(epoch: int, kl_anneal: int) -> float:
-    """The weight of the KL in an epoch, counted from 1: min(1, epoch / kl_anneal).
-
-    So the first epoch already trains at a weight above 0. kl_anneal = 0: always 1. This is a
-    linear form of KL annealing (Bowman et al. 2016 raise it along a sigmoid).
-    """
+    """The weight of the KL in an epoch, counted from 1: min(1, epoch / kl_anneal), a linear form of
+    KL annealing (Bowman et al. 2016 raise it along a sigmoid). kl_anneal = 0: always 1."""
     return min(1.0, epoch / kl_anneal) if kl_anneal else 1.0
-
-
-def learning_rate(epoch: int, epochs: int, lr: float, schedule: str) -> float:
-    """The learning rate of an epoch, counted from 1: constant, or half a period of the cosine, from
-    lr towards 0, one epoch after the last (Loshchilov & Hutter 2017, without restarts)."""
-    cosine = 0.5 * (1 + math.cos(math.pi * (epoch - 1) / epochs))
-    return lr * cosine if schedule == "cosine" else lr
 
 
 class Loss(nn.Module):
@@ -182,11 +170,8 @@ class ParallelLoss(DistributedDataParallel):
 
 
 def train_run(args: argparse.Namespace) -> tuple:
-    """Train, test and save one run, an epoch at a time.
-
-    Returns the arguments of viz.draw_run: (folder, model, config, history, test_loader,
-    factors of the test images).
-    """
+    """Train, test and save one run, an epoch at a time. Returns the arguments of viz.draw_run:
+    (folder, model, config, history, test_loader, factors of the test images)."""
     if args.batch_size % WORLD_SIZE:
         raise UserError(f"--batch-size {args.batch_size}: is no multiple of {WORLD_SIZE} processes")
     device = find_device(args.device)
@@ -240,9 +225,11 @@ def train_run(args: argparse.Namespace) -> tuple:
                 sequence = np.random.SeedSequence((args.seed, epoch, RANK))
                 torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
             batches = progress(batches, len(loader), epoch, args.epochs)
-            beta = args.beta * kl_weight(epoch, args.kl_anneal)
+            beta, lr = args.beta * kl_weight(epoch, args.kl_anneal), args.lr
+            if args.lr_schedule == "cosine":  # towards 0, once (Loshchilov & Hutter 2017)
+                lr *= 0.5 * (1 + math.cos(math.pi * (epoch - 1) / args.epochs))
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(epoch, args.epochs, args.lr, args.lr_schedule)
+                group["lr"] = lr
                 group["capturable"] = device.type == "cuda" and not PARALLEL  # see recorded
             train = train_epoch(trained, batches, optimizer, device, beta)
             test = test_epoch(trained, test_loader, device, args.beta)
@@ -269,14 +256,12 @@ def train_run(args: argparse.Namespace) -> tuple:
 
 
 def progress(batches: Iterable, steps: int, epoch: int, epochs: int) -> Iterator:
-    """Yield the batches; on a terminal, keep one line of throughput and time left."""
-    start, images = time.monotonic(), 0
+    """Yield the batches; on a terminal, keep one line of what is done, and of the time left."""
+    start = time.monotonic()
     for step, batch in enumerate(batches, start=1):
         yield batch
-        images, seconds = images + len(batch[0]) * WORLD_SIZE, time.monotonic() - start
-        left = seconds / step * (steps * (epochs - epoch + 1) - step)
-        show_status(f"epoch {epoch}/{epochs}  {100 * step // steps:3d} %  "
-                    f"{images / seconds:,.0f} images/s  {left:.0f} s left")
+        left = (time.monotonic() - start) / step * (steps * (epochs - epoch + 1) - step)
+        show_status(f"epoch {epoch}/{epochs}  {100 * step // steps:3d} %  {left:.0f} s left")
     show_status("")
 
 
@@ -330,9 +315,8 @@ def is_colour(dataset: str) -> bool:
 
 def find_data_dir(option: str | None) -> Path:
     """--data-dir or $VAE_DATA_DIR, which must exist, or the project's data/."""
-    named = option or os.environ.get("VAE_DATA_DIR")
-    folder = Path(named).expanduser() if named else PROJECT_DATA
-    if named and not folder.is_dir():
+    folder = Path(option or os.environ.get("VAE_DATA_DIR") or PROJECT_DATA).expanduser()
+    if folder != PROJECT_DATA and not folder.is_dir():
         raise UserError(f"the data folder {folder} is no folder: create it, or name another")
     return folder
 
@@ -406,8 +390,7 @@ def open_run(config: dict) -> tuple[Path, dict | None]:
     try:
         folder.mkdir(parents=True, exist_ok=config["resume"])
     except FileExistsError:
-        hint = "add --resume to go on with the run in it, or name another folder"
-        raise UserError(f"--out {folder}: is there already; {hint}") from None
+        raise UserError(f"--out {folder}: is there already; --resume it, or name another") from None
     for path in (folder / file for file in RUN_FILES):
         if path.exists():
             raise UserError(f"{path}: is there, but no run to go on with; name another --out")
@@ -420,14 +403,13 @@ def save_run(
     """Write the RUN_FILES, each whole or not at all; of several processes, the first one."""
     if RANK > 0:
         return
-    checkpoint = {"config": config, "history": history}
-    checkpoint |= {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
     content = io.BytesIO()  # torch.save would hide a full disk behind an error of its own
-    torch.save(checkpoint, content)
+    torch.save({"config": config, "history": history, "model": model.state_dict(),
+                "optimizer": optimizer.state_dict()}, content)
     lines = [COLUMNS, *(row.values() for row in history)]
     table = "".join(",".join(map(str, line)) + "\n" for line in lines)
-    texts = json.dumps(config, indent=2) + "\n", table
-    for name, part in zip(RUN_FILES, (content.getbuffer(), *map(str.encode, texts))):
+    text = json.dumps(config, indent=2) + "\n"
+    for name, part in zip(RUN_FILES, (content.getvalue(), text.encode(), table.encode())):
         with write_atomically(folder / name) as file:
             file.write(part)
 
@@ -468,22 +450,18 @@ def load_test_split(folder: str | Path, config: dict, data_dir: str | None) -> S
 
 def redraw(argv: list[str] | None = None) -> None:
     """What `python viz.py` does: draw the figures of a run again."""
-    parser = Parser(prog="viz.py", description="Redraw the figures of a run.")
+    parser = Parser(description="Redraw the figures of a run.")
     parser.add_argument("run", nargs="?", help="its folder (default: the newest in runs/)")
     parser.add_argument("--data-dir", metavar="DIR", help="as for train.py")
     args = parser.parse_args(argv)
-    if args.run is None:
-        found = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda path: path.stat().st_mtime)
-        if not found:
-            raise UserError("runs: holds no trained run; name the folder of one")
-        args.run = found[-1]
-    args.run = Path(args.run).expanduser()
-    args.run = args.run.parent if args.run.name == "checkpoint.pt" else args.run
-    model, checkpoint = load_run(args.run)
-    test = load_test_split(args.run, checkpoint["config"], args.data_dir)
+    saved = Path("runs").glob("*/checkpoint.pt")
+    newest = max(saved, key=os.path.getmtime, default=Path("runs/checkpoint.pt"))
+    folder = Path(args.run or newest.parent).expanduser()
+    model, checkpoint = load_run(folder)
+    test = load_test_split(folder, checkpoint["config"], args.data_dir)
     loader = Batches(test.images, test.labels, 1000)
-    draw_run(args.run, model, checkpoint["config"], checkpoint["history"], loader, test.factors)
-    print(f"figures drawn in {args.run}")
+    draw_run(folder, model, checkpoint["config"], checkpoint["history"], loader, test.factors)
+    print(f"figures drawn in {folder}")
 
 
 # --------------------------------------------------------------- the command line
@@ -506,7 +484,7 @@ def number(kind: type, low: float, high: float = 10**9) -> Callable[[str], float
     return parse
 
 
-def parse_args(argv: list[str] | None, description: str = __doc__) -> argparse.Namespace:
+def parse_args(argv: Sequence[str], description: str = __doc__) -> argparse.Namespace:
     """The options of a training run, checked; UserError for a bad one."""
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, size = parser.add_argument, number(int, 1, 2**16)
@@ -514,8 +492,7 @@ def parse_args(argv: list[str] | None, description: str = __doc__) -> argparse.N
     add("--latent-dim", type=size, metavar="N", help="size of the code (20; conv 128, celeba 256)")
     add("--hidden-dim", type=size, metavar="N", help="units of ae's and mlp's hidden layers (400)")
     add("--beta", type=number(float, 0), default=1.0, metavar="B", help="weight of the KL (1)")
-    add("--kl-anneal", type=number(int, 0), default=0, metavar="N",
-        help="train epoch e at the weight beta * min(1, e / N) (0: no annealing)")
+    add("--kl-anneal", type=number(int, 0), default=0, metavar="N", help="epochs to raise beta (0)")
     add("--recon", choices=RECON_LOSSES, help="cross-entropy or squared error (bce; ae: mse)")
     add("--dataset", metavar="NAME", help=f"{', '.join(DATASETS)}, or a folder of pictures (mnist)")
     add("--fallback", choices=DRAWN, help="train on this if the dataset cannot be had")
@@ -525,33 +502,26 @@ def parse_args(argv: list[str] | None, description: str = __doc__) -> argparse.N
     add("--epochs", type=number(int, 1), default=10, metavar="N", help="passes over images (10)")
     add("--batch-size", type=number(int, 1), default=128, metavar="N", help="images a step (128)")
     add("--lr", type=number(float, 1e-12), default=2e-3, metavar="LR", help="Adam's rate (0.002)")
-    add("--lr-schedule", choices=["constant", "cosine"], default="constant",
-        help="cosine: it falls towards 0 over the --epochs")
+    add("--lr-schedule", choices=["constant", "cosine"], default="constant", help="cosine: to 0")
     add("--seed", type=number(int, 0, 2**32 - 1), default=0, metavar="N", help="of all chance (0)")
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="auto: a GPU if any")
     add("--amp", action="store_true", help="the layers in bfloat16, the losses in float32")
     add("--out", metavar="DIR", help="the folder of the run (a new one, runs/DATASET-MODEL...)")
     add("--resume", action="store_true", help="go on with the run in --out, or begin it")
-    if argv is None and Path(sys.argv[0]).name == "ipykernel_launcher.py":
-        parser.error("in a notebook, name the options: main(['--epochs', '1'])")
     args = parser.parse_args(argv)
     if args.resume and args.out is None:
         parser.error("--resume needs --out DIR, the run to go on with")
-    if args.dataset is None:
-        args.dataset = "celeba" if args.model == "celeba" else "mnist"
+    args.dataset = args.dataset or ("celeba" if args.model == "celeba" else "mnist")
     if args.dataset not in DATASETS:
         folder = Path(args.dataset).expanduser().resolve()
         if not folder.is_dir():
             parser.error(f"--dataset {args.dataset}: is no folder, nor {', '.join(DATASETS)}")
         args.dataset = str(folder)
-    if args.model is None:
-        args.model = "celeba" if is_colour(args.dataset) else "mlp"
+    args.model = args.model or ("celeba" if is_colour(args.dataset) else "mlp")
     for dataset in filter(None, (args.dataset, args.fallback)):
         if is_colour(dataset) != (args.model == "celeba"):
             parser.error(f"--model {args.model} does not fit {dataset}: celeba, faces and pictures "
                          "(64 x 64) are for --model celeba; the others (28 x 28) for the others")
-    if args.binarize and is_colour(args.dataset):
-        parser.error(f"--binarize is for grey images, not for {args.dataset}")
     sizes = inspect.signature(MODELS[args.model]).parameters
     args.latent_dim = args.latent_dim or sizes["latent_dim"].default
     if "hidden_dim" in sizes:
@@ -566,8 +536,8 @@ def parse_args(argv: list[str] | None, description: str = __doc__) -> argparse.N
     return args
 
 
-def main(argv: list[str] | None = None) -> Path:
-    """Train and draw one run. Returns its folder."""
+def main(argv: Sequence[str] = ()) -> Path:
+    """Train and draw one run, of these options. Returns its folder."""
     folder, _, config, *_ = run = train_run(parse_args(argv))
     if RANK == 0:
         draw_run(*run)
@@ -606,4 +576,4 @@ def run_cli(main: Callable[[], object], to_go_on: str = "") -> NoReturn:
 
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(lambda: main(sys.argv[1:]))

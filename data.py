@@ -15,7 +15,6 @@ celeba, any folder's path      64 x 64 colour, from <root>/celeba/, or from the 
 digits, faces                  28 x 28 grey, 64 x 64 colour, drawn here: all factors known
 """
 
-import concurrent.futures
 import contextlib
 import gzip
 import hashlib
@@ -28,13 +27,13 @@ import re
 import shutil
 import sys
 import tempfile
-import time
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -63,12 +62,11 @@ class Split(NamedTuple):
 class Batches:
     """Iterate over (images, labels); images become float32 in [0, 1] a batch at a time.
 
-    images: uint8 (n, channels, height, width) and labels: (n,) stay on the device they are on,
-    and so do the batches: no step copies from host to device. With shuffle, each pass draws a
-    new order from torch's global generator, as it begins. With binarize, pixels become 0 or 1,
-    drawn anew in every batch with the grey value as the probability of 1. The last batch may be
-    smaller. Of world_size processes, each gets every world_size-th image of a batch, from its
-    rank on; in a shuffled pass all shares are equal, up to world_size - 1 images being left out.
+    images: uint8 (n, channels, height, width) and labels: (n,) stay on their device, and so do the
+    batches. With shuffle, each pass draws a new order from torch's global generator, as it begins.
+    With binarize, pixels become 0 or 1, drawn anew in every batch with the grey value as the
+    probability of 1. Of world_size processes, each gets every world_size-th image of a batch, from
+    its rank on; in a shuffled pass all shares are equal, up to world_size - 1 images left out.
     """
 
     def __init__(
@@ -108,6 +106,10 @@ def binarize_once(images: Tensor, seed: int = 0) -> Tensor:
 # ------------------------------------------------------------------- files, in general
 
 
+def sha256(content: bytes | np.ndarray) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
 @contextlib.contextmanager
 def write_atomically(path: str | Path) -> Iterator[BinaryIO]:
     """Open a file for writing that appears at `path` whole, or not at all."""
@@ -126,34 +128,50 @@ def write_atomically(path: str | Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
+def made_once(
+    path: Path, made_from: str, write: Callable[[BinaryIO], None], read: Callable[[Path], Any]
+) -> Any:
+    """What read(path) finds in a file that write(file) writes if it is not there: at this path or,
+    if its folder is read-only, in PROJECT_DATA. It ends with a checksum of what it is made from."""
+    checksum, paths = sha256(made_from.encode()).encode(), (path, PROJECT_DATA / path.name)
+    for path in paths:
+        with contextlib.suppress(Exception):  # what is damaged is made anew, however damaged
+            if np.memmap(path, mode="r")[-64:].tobytes() == checksum:
+                return read(path)
+    for path in paths:
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=path.parent).close()
+            break
+    else:
+        raise UserError(f"{path.parent}: cannot be written; name another place with --data-dir")
+    with write_atomically(path) as file:
+        write(file)
+        file.write(checksum)
+    return read(path)
+
+
 def show_status(line: str) -> None:
     """Put a line in the place of the last one on a terminal; elsewhere, say nothing."""
     if sys.stdout.isatty():
         print(f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
 
 
-def writable_folder(folders: Iterable[Path]) -> Path:
-    """The first of the folders in which files can be created."""
-    for folder in folders:
-        with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-            return folder
-    raise UserError(f"{folder}: cannot be written; name another place with --data-dir")
-
-
 # ------------------------------------------------------ MNIST and its relatives: IDX files
 
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte",
              "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-# Where torchvision keeps a set, its mirrors, and the SHA-256 of its four .gz files.
+# Where torchvision keeps a set, its mirrors, and the SHA-256 of its four .gz files; of MNIST's two
+# files of labels also that of the labels themselves, however they are stored.
 IDX_SETS = {
     "mnist": ("MNIST/raw", ("https://ossci-datasets.s3.amazonaws.com/mnist/",
                             "https://storage.googleapis.com/cvdf-datasets/mnist/"), (
         "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
         "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
         "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
-        "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6")),
+        "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+        "1feba77c54802fa5339a11837ea4b2866434b83314ec45192930f1df69120c13",
+        "ddeff807876a9661a1110d45c266c86239a3a1b7d37da0c3716a7a683c852ff5")),
     "fashion-mnist": ("FashionMNIST/raw", (
         "https://storage.googleapis.com/tensorflow/tf-keras-datasets/",
         "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"), (
@@ -167,9 +185,6 @@ IDX_SETS = {
         "edd7a857845ad6bb1d0ba43fe7e794d164fe2dce499a1694695a792adfac43c5",
         "20bb9a0ef54c7db3efc55a92eef5582c109615df22683c380526788f98e42a1c")),
 }
-# The SHA-256 of MNIST's 60,000 and 10,000 labels themselves, however they are stored.
-MNIST_LABELS = ("1feba77c54802fa5339a11837ea4b2866434b83314ec45192930f1df69120c13",
-                "ddeff807876a9661a1110d45c266c86239a3a1b7d37da0c3716a7a683c852ff5")
 DOWNLOAD_TIMEOUT = 15  # seconds without a byte, then the next mirror
 
 
@@ -178,59 +193,26 @@ def load_idx(name: str, root: Path) -> tuple[Split, Split]:
     below root that has any of its files; what an interrupted download left out is downloaded."""
     raw, _, sums = IDX_SETS[name]
     for folder in (root / name, root / raw, root):
-        found = {stem: idx_paths(folder, stem) for stem in IDX_FILES}
-        if any(found.values()):
+        found = {stem: find_idx(folder, stem) for stem in IDX_FILES}
+        there = list(filter(None, found.values()))
+        if there:
             break
-    there = [path for paths in found.values() for path in paths]
     missing = [stem for stem in IDX_FILES if not found[stem]]
     if missing and not all(sha256(path.read_bytes()) in sums for path in there):
         raise UserError(f"{folder}: has {', '.join(path.name for path in there)}, but not "
-                        f"{', '.join(missing)}: put the rest of the same set there, too; a "
-                        "download may be of another")
+                        f"{', '.join(missing)}: put the rest of the same set there, too")
     for stem in missing:
-        found[stem] = [fetch(name, stem, folder if there else root / name)]
-    return tuple(read_split(name, *map(found.get, pair)) for pair in (IDX_FILES[:2], IDX_FILES[2:]))
+        found[stem] = fetch(name, stem, folder if there else root / name)
+    paths = list(found.values())
+    return read_split(name, *paths[:2]), read_split(name, *paths[2:])
 
 
-def read_split(name: str, images_paths: list[Path], labels_paths: list[Path]) -> Split:
-    images, images_path = read_first(images_paths, 3)
-    labels, labels_path = read_first(labels_paths, 1)
-    if images.shape[1:] != (28, 28) or len(images) == 0:
-        raise UserError(f"{images_path}: holds images of shape {images.shape}, not (n, 28, 28)")
-    if len(images) != len(labels):
-        raise UserError(f"{images_path} holds {len(images)} images, but {labels_path} "
-                        f"{len(labels)} labels: take both from one download")
-    # The sets have files of the same names; their labels tell them apart.
-    digest = sha256(labels_path.read_bytes())
-    owner = next((other for other, (_, _, sums) in IDX_SETS.items() if digest in sums), None)
-    owner = "mnist" if sha256(labels) in MNIST_LABELS else owner
-    if owner is None:
-        print(f"{name}: the labels in {labels_path} are of no set known here; taken as they are")
-    elif owner != name:
-        raise UserError(f"{labels_path}: is of {owner}, not of {name}: train on --dataset {owner}, "
-                        "or name another folder with --data-dir")
-    return Split(torch.from_numpy(images)[:, None], torch.from_numpy(labels).long(), {})
-
-
-def sha256(content: bytes | np.ndarray) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-def idx_paths(folder: Path, stem: str) -> list[Path]:
-    """The files that may be this one: under either usual name; plain, or in a folder of its name,
-    as Kaggle's archive unpacks, before compressed."""
+def find_idx(folder: Path, stem: str) -> Path | None:
+    """This file, under either usual name; plain, or in a folder of its name, as Kaggle's archive
+    unpacks, before compressed."""
     names = stem, stem.replace("-idx", ".idx")
-    forms = "{0}", "{0}/{0}", "{0}.gz"
-    paths = (folder / form.format(name) for form in forms for name in names)
-    return list(filter(Path.is_file, paths))
-
-
-def read_first(paths: list[Path], ndim: int) -> tuple[np.ndarray, Path]:
-    """The first that can be read: beside a plain file that is cut short there may be a good .gz."""
-    for path in paths[:-1]:
-        with contextlib.suppress(UserError):
-            return read_idx(path, ndim), path
-    return read_idx(paths[-1], ndim), paths[-1]
+    paths = (folder / form.format(name) for form in ("{0}", "{0}/{0}", "{0}.gz") for name in names)
+    return next(filter(Path.is_file, paths), None)
 
 
 def fetch(name: str, stem: str, folder: Path) -> Path:
@@ -238,8 +220,10 @@ def fetch(name: str, stem: str, folder: Path) -> Path:
     _, mirrors, sums = IDX_SETS[name]
     path, reasons = folder / f"{stem}.gz", []
     for mirror in mirrors:
+        print(f"downloading {mirror}{path.name}", flush=True)
         try:
-            content = download(mirror + path.name)
+            with urllib.request.urlopen(mirror + path.name, timeout=DOWNLOAD_TIMEOUT) as response:
+                content = response.read()
             if sha256(content) != sums[IDX_FILES.index(stem)]:
                 raise OSError(f"the checksum of {len(content)} bytes received is wrong")
             folder.mkdir(parents=True, exist_ok=True)
@@ -253,124 +237,59 @@ def fetch(name: str, stem: str, folder: Path) -> Path:
         f"Put the four .gz files into {folder}, or train on --dataset digits")
 
 
-def download(url: str) -> bytearray:
-    content = bytearray()
-    print(f"downloading {url}", flush=True)
-    with urllib.request.urlopen(url, timeout=DOWNLOAD_TIMEOUT) as response:
-        while chunk := response.read1(1 << 16):
-            content += chunk
-            show_status(f"{len(content) / 1e6:.1f} MB")
-    show_status("")
-    return content
+def read_split(name: str, images_path: Path, labels_path: Path) -> Split:
+    images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
+    if images.shape != (len(labels), 28, 28) or len(labels) == 0:
+        raise UserError(f"{images_path} holds {len(images)} images, of shape {images.shape}, and "
+                        f"{labels_path} {len(labels)} labels: take both from one download")
+    # The sets have files of the same names; their labels tell them apart.
+    digests = {sha256(labels_path.read_bytes()), sha256(labels)}
+    owner = next((other for other, (*_, sums) in IDX_SETS.items() if digests & {*sums}), None)
+    if owner is None:
+        print(f"{name}: the labels in {labels_path} are of no set known here; taken as they are")
+    elif owner != name:
+        raise UserError(f"{labels_path}: is of {owner}, not of {name}: train on --dataset {owner}, "
+                        "or name another folder with --data-dir")
+    return Split(torch.from_numpy(images)[:, None], torch.from_numpy(labels).long(), {})
 
 
 def read_idx(path: Path, ndim: int) -> np.ndarray:
     """Read an IDX file of unsigned bytes, plain or gzip-compressed: uint8, ndim dimensions.
 
-    The format (Y. LeCun, "The MNIST database"): two zero bytes, a type code (8 is
-    unsigned byte), the number of dimensions, each dimension as a big-endian uint32,
-    then exactly that many bytes. Raises UserError for anything else.
+    The format (Y. LeCun, "The MNIST database"): two zero bytes, 8 for unsigned bytes, the number of
+    dimensions, each of them as a big-endian uint32, then exactly that many bytes; else UserError.
     """
     content = path.read_bytes()
-    if content[:2] == b"\x1f\x8b":
-        try:
+    try:
+        if content[:2] == b"\x1f\x8b":
             content = gzip.decompress(content)  # verifies its checksum, too
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise UserError(f"{path}: is damaged or cut short ({error}): fetch it again") from error
-    start = 4 + 4 * ndim
-    if content[:4] != bytes([0, 0, 8, ndim]) or len(content) < start:
-        raise UserError(f"{path}: is damaged, or no IDX file of bytes in {ndim} dimensions (00 00 "
-                        f"08 {ndim:02d}): begins with {content[:4].hex(' ')}; fetch it again")
-    shape = np.frombuffer(content, ">u4", ndim, offset=4).tolist()
-    size, found = math.prod(shape), len(content) - start
-    if size != found:
-        raise UserError(f"{path}: is damaged or cut short (declares {size:,} bytes, has "
-                        f"{found:,}): fetch it again")
-    return np.frombuffer(content, np.uint8, offset=start).reshape(shape).copy()
-
-
-# ------------------------------------------------------------- datasets that are made once
-
-
-def made_once(
-    places: list[Path], name: str, recipe: str, make: Callable[[Path], dict[str, np.ndarray]]
-) -> dict[str, np.ndarray]:
-    """The arrays of a dataset from <name>.npz in one of the places, if they are of this recipe.
-
-    Else make(path of <name>.npy) returns them, and they are kept in the first place that can be
-    written. Images too large for memory make writes to that path itself; they are memory-mapped.
-    """
-    for place in places:
-        with contextlib.suppress(Exception):  # what is damaged is made anew, however damaged
-            arrays = dict(np.load(place / f"{name}.npz"))
-            if arrays.pop("recipe") == recipe:
-                if "images" not in arrays:
-                    arrays["images"] = np.load(place / f"{name}.npy", mmap_mode="c")
-                return arrays
-    folder = writable_folder(places)
-    path, facts = folder / f"{name}.npy", folder / f"{name}.npz"
-    facts.unlink(missing_ok=True)  # it is written last, and says that the images are there
-    arrays = make(path)
-    with write_atomically(facts) as file:
-        np.savez(file, recipe=recipe, **arrays)
-    return arrays if "images" in arrays else arrays | {"images": np.load(path, mmap_mode="c")}
-
-
-def as_splits(arrays: dict[str, np.ndarray], n_train: int, n_test: int) -> tuple[Split, Split]:
-    """The first n_train images, and the last n_test; what is no image and no label is a factor."""
-
-    def split(part: slice) -> Split:
-        rows = {key: torch.from_numpy(values[part]) for key, values in arrays.items()}
-        return Split(rows.pop("images"), rows.pop("labels"), rows)
-
-    return split(slice(n_train)), split(slice(len(arrays["labels"]) - n_test, None))
-
-
-DRAWN = {"digits": (draw.draw_digits, 60_000, 10_000), "faces": (draw.draw_faces, 20_000, 2_000)}
-
-
-def load_drawn(name: str, root: Path) -> tuple[Split, Split]:
-    """The digits or the faces: always the same, drawn once and kept as <name>.npz."""
-    function, n_train, n_test = DRAWN[name]
-
-    def make(path: Path) -> dict[str, np.ndarray]:
-        print(f"drawing {n_train + n_test:,} {name}, once (some seconds)", flush=True)
-        images, labels, factors = function(n_train + n_test, seed=0)
-        arrays = {"images": images, "labels": labels} | factors
-        return {key: values.numpy() for key, values in arrays.items()}
-
-    # They are good for this very drawing only, so that an edited glyph is seen at once.
-    recipe = hashlib.sha256(Path(draw.__file__).read_bytes()).hexdigest()
-    return as_splits(made_once([root, PROJECT_DATA], name, recipe, make), n_train, n_test)
+        if content[:4] != bytes([0, 0, 8, ndim]):
+            raise ValueError(f"no IDX file of bytes in {ndim} dimensions")
+        shape = np.frombuffer(content, ">u4", ndim, offset=4)
+        return np.frombuffer(content, np.uint8, offset=4 + 4 * ndim).reshape(shape).copy()
+    except (EOFError, gzip.BadGzipFile, ValueError, zlib.error) as error:
+        raise UserError(f"{path}: is damaged or cut short ({error}): fetch it again") from error
 
 
 # ------------------------------------------------- pictures: any folder of them, and CelebA
 
 PICTURE = re.compile(r"(?!(.*/)?(\.|__MACOSX/)).*\.(jpe?g|png|bmp|webp)", re.IGNORECASE)
 CELEBA_PICTURE = re.compile(r"(.*/)?\d{6}\.jpg")
+CELEBA_LINE = re.compile(r"^(\d{6}\.jpg)(.*)", re.MULTILINE)
 CELEBA_SPLITS = (162_770, 19_867, 19_962)  # training, validation, test images, in this order
-DECODE_CHUNK = 64  # pictures a task
 
 
 def load_folder(folder: Path) -> tuple[Split, Split]:
     """The pictures in a folder, however deep: their centre squares, 64 x 64 in colour. About a
     tenth is for testing, by their names, so none changes sides when another one is added. (Of a
     few, by chance none may be: then one is taken.)"""
-
-    def arrange(names: list[str]) -> tuple[np.ndarray, dict]:
-        if len(names) < 20:
-            raise UserError(f"{folder}: has {len(names)} pictures (.jpg .jpeg .png .bmp .webp), and "
-                            "20 are needed at least")
-        digests = [int(sha256(name.encode()), 16) for name in names]
-        test = np.array([digest % 10 == 0 for digest in digests])
-        test[digests.index(min(digests))] |= not test.any()
-        return 2 * test, {"labels": np.zeros(len(names), np.int64)}
-
-    splits, broken = load_pictures(folder, PICTURE, 1.0, arrange, [folder, PROJECT_DATA], False)
-    if broken:
-        names = ", ".join(broken[:20])
-        print(f"{folder}: passed over {len(broken)} files that are no pictures: {names}")
-    return splits
+    pictures = Pictures(folder, PICTURE, crop=1.0, strict=False)
+    if (n := len(pictures.names)) < 20:
+        raise UserError(f"{folder}: has {n} pictures (jpg, jpeg, png, bmp or webp); 20 are needed")
+    digests = [int(sha256(name.encode()), 16) for name in pictures.names]
+    test = np.array([digest % 10 == 0 for digest in digests])
+    test[digests.index(min(digests))] |= not test.any()
+    return pictures.splits(2 * test, {}, folder)
 
 
 def load_celeba(root: Path) -> tuple[Split, Split]:
@@ -388,159 +307,116 @@ def load_celeba(root: Path) -> tuple[Split, Split]:
             "Take img_align_celeba.zip, list_eval_partition.txt and list_attr_celeba.txt from "
             f"https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html and put them into {folder}, or "
             "train on --dataset faces")
-    lists = []
-    for stem in ("list_eval_partition", "list_attr_celeba"):
-        paths = folder / f"{stem}.txt", folder / f"{stem}.csv"
-        lists.append(next(filter(Path.is_file, paths), None))
-        if lists[-1] is None:
-            print(f"celeba: {paths[0]} is missing: split by number, or without attributes")
-
-    def arrange(names: list[str]) -> tuple[np.ndarray, dict]:
-        n, names = len(names), [name.split("/")[-1] for name in names]
-        if not n:
-            raise UserError(f"{source}: has no images named 000001.jpg, 000002.jpg, ... in it")
-        sizes = CELEBA_SPLITS if n == sum(CELEBA_SPLITS) else (n * 9 // 10, 0, n - n * 9 // 10)
-        parts, factors = np.repeat((0, 1, 2), sizes), {}
-        if lists[0]:
-            parts = read_list(lists[0], names, (0, 1, 2))[1][0]
-        if lists[1]:
-            columns, values = read_list(lists[1], names, (-1, 1))
-            factors = dict(zip(columns, (values > 0).astype(np.uint8)))
-        return parts, {"labels": factors.get("Smiling", np.zeros(n)).astype(np.int64)} | factors
-
     # To 148 of 178 columns, as everyone crops it.
-    places, lists_there = [folder, PROJECT_DATA / "celeba"], filter(None, lists)
-    return load_pictures(
-        source, CELEBA_PICTURE, 148 / 178, arrange, places, True, *lists_there)[0]
+    pictures = Pictures(source, CELEBA_PICTURE, crop=148 / 178, strict=True)
+    names = [name.split("/")[-1] for name in pictures.names]
+    if (n := len(names)) == 0:
+        raise UserError(f"{source}: has no images named 000001.jpg, 000002.jpg, ... in it")
+    _, parts = read_list(folder, "list_eval_partition", names, (0, 1, 2))
+    if len(parts) == 0:
+        sizes = CELEBA_SPLITS if n == sum(CELEBA_SPLITS) else (n * 9 // 10, 0, n - n * 9 // 10)
+        parts = [np.repeat((0, 1, 2), sizes)]
+    attributes, values = read_list(folder, "list_attr_celeba", names, (-1, 1))
+    factors = dict(zip(attributes, (values > 0).astype(np.uint8)))
+    return pictures.splits(parts[0], factors, folder)
 
 
-def read_list(path: Path, names: list[str], allowed: tuple) -> tuple[list[str], np.ndarray]:
+def read_list(folder: Path, stem: str, names: list[str], allowed: tuple) -> tuple[list, np.ndarray]:
     """Of a list with lines "000001.jpg -1 1 ...", or with commas: the names of its columns, from
     the line before the first image, if any, and the values of these images, (columns, n)."""
-    header, rows = [], {}
-    for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines():
-        words = line.replace(",", " ").split()
-        if words and CELEBA_PICTURE.fullmatch(words[0]):
-            rows[words[0]] = words[1:]
-        elif words and not rows:
-            header = words
+    path = next(filter(Path.is_file, (folder / f"{stem}.txt", folder / f"{stem}.csv")), None)
+    if path is None:
+        print(f"celeba: {folder / stem}.txt is missing: split by number, or without attributes")
+        return [], np.empty((0, len(names)))
+    text = path.read_text(encoding="utf-8-sig", errors="replace").replace(",", " ")
+    rows = dict(CELEBA_LINE.findall(text))
+    header = CELEBA_LINE.split(text, maxsplit=1)[0].strip().split("\n")[-1].split()
     try:
-        values = np.array([rows[name] for name in names]).astype(np.int8).T
+        values = np.loadtxt([rows[name] for name in names], np.int8, comments=None, ndmin=2).T
         header = header[-len(values):]  # Kaggle also names the first column
-        if not np.isin(values, allowed).all() or header and len(header) != len(values):
+        fits = values.shape == (len(header) or len(values), len(names))
+        if not fits or not np.isin(values, allowed).all():
             raise ValueError(f"{len(header)} names, values from {values.min()} to {values.max()}")
     except KeyError as missing:
         raise UserError(f"{path}: has no line for {missing}: fetch both from one place") from None
-    except (ValueError, OverflowError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: is damaged ({error}): fetch it again") from error
     return header, values
 
 
-def load_pictures(
-    source: Path, pattern: re.Pattern, crop: float, arrange: Callable, places: list[Path],
-    strict: bool, *lists: Path
-) -> tuple[tuple[Split, Split], list[str]]:
-    """The splits of the pictures in a folder or an archive, and the names of those that are broken,
-    unless strict, which makes them an error.
+class Pictures:
+    """The pictures in a folder, however deep, or in an archive, whose names fit the pattern. One
+    that is broken is an error if strict, else it is left out. crop: as of decode_picture."""
 
-    arrange(names) returns the part of each, 0 training, 1 validation, 2 test, and its labels and
-    factors; lists are the files that it reads. Decoded once, into one of the places.
-    """
-    names, read, files = list_pictures(source, pattern)
+    def __init__(self, source: Path, pattern: re.Pattern, crop: float, strict: bool):
+        self.source, self.crop, self.strict = source, crop, strict
+        if source.is_dir():
+            names = (path.relative_to(source).as_posix() for path in source.rglob("*"))
+            self.read = lambda name: (source / name).read_bytes()
+        else:
+            try:
+                archive = zipfile.ZipFile(source)
+            except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
+                hint = "fetch it again, or delete it if its folder is beside it"
+                raise UserError(f"{source}: is damaged or cut short ({error}): {hint}") from None
+            names, self.read = archive.namelist(), archive.read
+        self.names = sorted(filter(pattern.fullmatch, names))
 
-    def make(path: Path) -> dict[str, np.ndarray]:
-        kept, broken = names, []
-        while True:
-            parts, known = arrange(kept)
-            order = np.argsort(parts, kind="stable")
-            bad = decode_all(path, source, [kept[i] for i in order], read, crop, strict)
-            if not bad:
-                break
-            kept, broken = [name for name in kept if name not in bad], broken + sorted(bad)
-        arrays = {key: values[order] for key, values in (known | {"parts": parts}).items()}
-        return arrays | {"broken": np.array(broken, str)}
+    def splits(self, parts: np.ndarray, factors: dict, place: Path) -> tuple[Split, Split]:
+        """Those whose part is 0, for training, and those whose part is 2, for testing."""
+        splits = []
+        for part, kind in ((0, "train"), (2, "test")):
+            index = np.flatnonzero(parts == part)
+            path = place / f"{self.source.stem}-64x64-{kind}.uint8"
+            images = self.images([self.names[i] for i in index], path)
+            if len(images) == 0:
+                raise UserError(f"{self.source}: has no pictures for {kind}ing")
+            known = {name: torch.from_numpy(values[index]) for name, values in factors.items()}
+            labels = known.get("Smiling", torch.zeros(len(images))).long()
+            splits.append(Split(images, labels, known))
+        return tuple(splits)
 
-    # A checksum of what makes them: names, sizes and times of the files, and how they are decoded.
-    stats = [(path.name, path.stat()) for path in (*files, *lists)]
-    state = [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
-    recipe = sha256(repr((names, state, inspect.getsource(decode_picture))).encode())
-    arrays = made_once(places, f"{source.stem}-64x64", recipe, make)
-    broken = arrays.pop("broken").tolist()
-    n_train, _, n_test = np.bincount(arrays.pop("parts"), minlength=3).tolist()
-    if not (n_train and n_test):
-        raise UserError(f"{source}: {n_train} of its images are for training and {n_test} for "
-                        "testing; both are needed")
-    return as_splits(arrays, n_train, n_test), broken
+    def images(self, names: list[str], path: Path) -> Tensor:
+        """Those of these names, (n, 3, 64, 64), memory-mapped from a file of nothing but pixels."""
+        files = [self.source / name for name in names] if self.source.is_dir() else [self.source]
+        state = [(stat.st_size, stat.st_mtime_ns) for stat in map(Path.stat, files)]
+        made_from = repr((names, state, inspect.getsource(decode_picture)))
 
+        def write(file: BinaryIO) -> None:
+            print(f"decoding {len(names):,} pictures into {path.name}, once", flush=True)
+            with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow decodes outside the GIL
+                for first in range(0, len(names), 256):
+                    show_status(f"{first:,} of {len(names):,} pictures")
+                    file.writelines(pool.map(self.decode, names[first : first + 256]))
+            show_status("")
 
-def list_pictures(source: Path, pattern: re.Pattern) -> tuple[list[str], Callable, list[Path]]:
-    """The names that fit the pattern in a folder or an archive, sorted; a function that reads one;
-    and the files that hold them."""
-    if source.is_dir():
-        walk = ((Path(folder), files) for folder, _, files in os.walk(source))
-        found = {(p / f).relative_to(source).as_posix(): p / f for p, files in walk for f in files}
-        names = sorted(filter(pattern.fullmatch, found))
-        return names, lambda name: found[name].read_bytes(), [found[name] for name in names]
-    try:
-        archive = zipfile.ZipFile(source)
-    except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-        beside = source.with_suffix("")
-        hint = f", or delete it, for {beside} is there" if beside.is_dir() else ""
-        what = f"{source}: is damaged or cut short ({error}): fetch it again{hint}"
-        raise UserError(what) from None
-    return sorted(filter(pattern.fullmatch, archive.namelist())), archive.read, [source]
+        def read(path: Path) -> Tensor:
+            pixels = np.memmap(path, mode="c")[:-64]  # without the checksum
+            return torch.from_numpy(pixels).view(-1, 3, 64, 64)
 
+        return made_once(path, made_from, write, read)
 
-def decode_all(
-    path: Path, source: Path, names: list[str], read: Callable, crop: float, strict: bool
-) -> list[str]:
-    """Write the pictures as an array, (n, 3, 64, 64), in threads, for Pillow decodes outside the
-    GIL. Returns the names of those that it cannot decode; if strict, the first is an error."""
-    n, start, broken = len(names), time.perf_counter(), []
-    size, free = n * 3 * 64 * 64, shutil.disk_usage(path.parent).free
-    if free < 1.02 * size:  # for a disk that becomes full under a memory map kills the process
-        raise UserError(f"{path}: takes {size / 1e9:.2f} GB; its disk has {free / 1e9:.2f} GB free")
-    print(f"decoding {n:,} pictures into {path}, once", flush=True)
-    pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
-    with write_atomically(path) as file:
-        images = np.lib.format.open_memmap(file.name, "w+", np.uint8, (n, 3, 64, 64))
-
-        def decode(first: int) -> None:
-            for row, name in enumerate(names[first : first + DECODE_CHUNK], first):
-                try:
-                    images[row] = decode_picture(io.BytesIO(read(name)), crop=crop)
-                except Exception as error:  # Pillow has many kinds for the many ways to be broken
-                    if isinstance(error, MemoryError) or getattr(error, "errno", None):
-                        raise  # that is not the picture's fault
-                    if strict:
-                        hint = "fetch it again, or delete it"
-                        raise UserError(f"{source}: {name} is broken ({error}): {hint}") from error
-                    broken.append(name)
-
+    def decode(self, name: str) -> bytes:
         try:
-            for i, _ in enumerate(pool.map(decode, range(0, n, DECODE_CHUNK)), start=1):
-                done, seconds = min(n, i * DECODE_CHUNK), time.perf_counter() - start
-                left = seconds / done * (n - done)
-                speed = f"{done / seconds:,.0f}/s, {left:.0f} s left"
-                show_status(f"{done:,} of {n:,} pictures, {speed}")
-        finally:
-            pool.shutdown(cancel_futures=True)
-        images.flush()
-    show_status("")
-    return broken
+            return decode_picture(io.BytesIO(self.read(name)), crop=self.crop).tobytes()
+        except Exception as error:  # Pillow has many kinds for the many ways to be broken
+            if isinstance(error, MemoryError) or getattr(error, "errno", None):
+                raise  # that is not the picture's fault
+            what = f"{self.source}: {name} is broken ({error})"
+            if self.strict:
+                raise UserError(f"{what}: fetch it again, or delete it") from error
+            show_status("")
+            print(f"{what} and passed over")
+            return b""
 
 
 def decode_picture(
     file: str | Path | BinaryIO, side: int = 64, mode: str = "RGB", crop: float = 1.0
 ) -> np.ndarray:
-    """The centre square of a picture as a viewer shows it, on white: (channels, side, side), uint8.
-
-    mode: "RGB" or "L", grey. crop: at most this share of the width. A viewer turns what a camera
-    has noted to be turned, and shows 16 bits of grey as 8.
-    """
+    """The centre square of a picture, at most the share `crop` of its width, as a viewer shows it:
+    upright, on white, 16 bits of grey as 8. (channels, side, side), uint8; mode: "RGB" or "L"."""
     image = Image.open(file)
-    if image.getexif().get(0x0112, 1) != 1:
-        image = ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
     if image.mode[0] == "I":
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
@@ -575,21 +451,38 @@ CLASS_NAMES = {
     "faces": ("not smiling", "smiling"),
 }
 DATASETS = tuple(CLASS_NAMES)
+DRAWN = {"digits": (draw.draw_digits, 60_000, 10_000), "faces": (draw.draw_faces, 20_000, 2_000)}
+
+
+def load_drawn(name: str, root: Path) -> tuple[Split, Split]:
+    """The digits or the faces: always the same, drawn once and kept as <name>.npz."""
+    function, n_train, n_test = DRAWN[name]
+
+    def write(file: BinaryIO) -> None:
+        print(f"drawing {n_train + n_test:,} {name}, once (some seconds)", flush=True)
+        images, labels, factors = function(n_train + n_test, seed=0)
+        np.savez(file, images=images, labels=labels, **factors)
+
+    def split(part: slice) -> Split:
+        rows = {key: torch.from_numpy(values[part]) for key, values in arrays.items()}
+        return Split(rows.pop("images"), rows.pop("labels"), rows)
+
+    # They are good for this very drawing only, so that an edited glyph is seen at once.
+    made_from, path = Path(draw.__file__).read_text(), root / f"{name}.npz"
+    arrays = made_once(path, made_from, write, lambda path: dict(np.load(path)))
+    return split(slice(n_train)), split(slice(-n_test, None))
 
 
 def load_dataset(name: str, root: str | Path = PROJECT_DATA) -> tuple[Split, Split]:
-    """The training and the test split of a dataset, on the CPU. name: one of DATASETS, or the path
-    of a folder of pictures.
-
-    Raises DataUnavailable if it is neither in root nor to be downloaded, UserError
-    if its files are damaged.
-    """
-    if name == "celeba":
-        return load_celeba(Path(root))
+    """The training and the test split, on the CPU. name: one of DATASETS, or the path of a folder.
+    DataUnavailable if it is neither in root nor to be had, UserError if its files are damaged."""
+    root = Path(root)
     if name == "mnist-validation":  # settings are chosen on it, so that the test set stays unseen
-        images, labels, _ = load_idx("mnist", Path(root))[0]
+        images, labels, _ = load_idx("mnist", root)[0]
         n = len(images) // 6
         return Split(images[:-n], labels[:-n], {}), Split(images[-n:], labels[-n:], {})
+    if name in IDX_SETS:
+        return load_idx(name, root)
     if name in DRAWN:
-        return load_drawn(name, Path(root))
-    return load_idx(name, Path(root)) if name in IDX_SETS else load_folder(Path(name))
+        return load_drawn(name, root)
+    return load_celeba(root) if name == "celeba" else load_folder(Path(name))

@@ -57,8 +57,7 @@ DIGIT_FACTORS = {
 
 def draw_digits(n: int, seed: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """n digits: images, (n, 1, 28, 28), uint8; labels, the classes, 0 to 9; and factors:
-    DIGIT_FACTORS, the "class" and the "glyph" (which of the ways in GLYPHS to write it).
-    """
+    DIGIT_FACTORS, the "class" and the "glyph" (which of the ways in GLYPHS to write it)."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(low: float, high: float) -> Tensor:
@@ -72,8 +71,7 @@ def draw_digits(n: int, seed: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     for digit, glyphs in enumerate(GLYPHS):
         for number, glyph in enumerate(glyphs):
             strokes = [  # in percent of the box, with its centre as the origin
-                torch.tensor([[float(v) for v in point.split()] for point in stroke.split(",")])
-                / 100 - 0.5
+                torch.tensor([[float(v) for v in p.split()] for p in stroke.split(",")]) / 100 - 0.5
                 for stroke in glyph.split("/")
             ]
             chosen = ((labels == digit) & (factors["glyph"] == number)).nonzero().squeeze(1)
@@ -86,10 +84,8 @@ def draw_digits(n: int, seed: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
 def draw_glyph(
     strokes: list[Tensor], style: dict[str, Tensor], generator: torch.Generator
 ) -> Tensor:
-    """Draw one glyph in m styles: (m, 28, 28), uint8.
-
-    strokes: (points, 2) each, in [-0.5, 0.5]; style: the factors, (m,) each.
-    """
+    """Draw one glyph in m styles: (m, 28, 28), uint8. strokes: (points, 2) each, in [-0.5, 0.5];
+    style: the factors, (m,) each."""
     style = {name: values[:, None] for name, values in style.items()}
     m = len(style["size"])
     bend = 0.24 * torch.randn(m, 7, 2, generator=generator)  # how this hand distorts the plane
@@ -122,10 +118,8 @@ def draw_glyph(
 
 
 def spline_weights(k: int) -> Tensor:
-    """The (8k - 7, k) matrix that turns k points into a Catmull-Rom spline through them.
-
-    Catmull & Rom 1974; the end points are repeated, 8 steps between neighbours.
-    """
+    """The (8k - 7, k) matrix that turns k points into a Catmull-Rom spline through them (Catmull &
+    Rom 1974), with 8 steps between neighbours; the end points are repeated."""
     t = torch.arange(8 * k - 7) / 8
     segment = t.floor().clamp(max=k - 2)
     t = t - segment
@@ -169,8 +163,7 @@ FACE_COLOURS = {
 
 def draw_faces(n: int, seed: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """n faces: images, (n, 3, 64, 64), uint8; labels, 1 where the mouth smiles, else 0; and
-    factors: FACE_FACTORS and "glasses".
-    """
+    factors: FACE_FACTORS and "glasses"."""
     factors = face_factors(n, seed)
     images = torch.cat([
         paint_faces({name: values[i : i + 250] for name, values in factors.items()})
@@ -192,12 +185,9 @@ def face_factors(n: int, seed: int) -> dict[str, Tensor]:
 def paint_faces(
     factors: dict[str, Tensor], width: int = 64, height: int = 64, side: float = 64
 ) -> Tensor:
-    """Paint m faces: (m, 3, height, width), uint8.
-
-    factors: (m,) each; side: the centre square that holds a face, in pixels. One soft
-    shape is painted over the other, from the background to the glasses. The edge of a
-    shape is one pixel wide, so a small change of a factor is a small change of the image.
-    """
+    """Paint m faces, one soft shape over the other: (m, 3, height, width), uint8. factors: (m,)
+    each; side: the centre square that holds a face, in pixels. The edge of a shape is one pixel
+    wide, so a small change of a factor is a small change of the image."""
     m, unit = len(factors["skin"]), side * 35 / 64
     colour = {
         name: mix_colours(factors[name], colours)[:, :, None, None]

@@ -9,6 +9,7 @@ The functions take a model that is already trained, and the path of the PNG to w
 
 import copy
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -56,8 +57,7 @@ def as_images(x: Tensor) -> Tensor:
         channels = 1 if math.isqrt(x.shape[1]) ** 2 == x.shape[1] else 3
         side = math.isqrt(x.shape[1] // channels)
         if channels * side**2 != x.shape[1]:
-            raise ValueError(f"{x.shape[1]} values are no square image: view them as "
-                             "(n, channels, height, width)")
+            raise ValueError(f"{x.shape[1]} values are no square image: view them as (n, c, h, w)")
         x = x.view(-1, channels, side, side)
     return x
 
@@ -72,9 +72,13 @@ def mean_codes(model: nn.Module, images: Tensor) -> Tensor:
 def encode_all(
     model: nn.Module, loader: Iterable, device: torch.device | str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q(z|x) of every image: mu and logvar, (n, latent_dim), and the labels, on the CPU."""
+    """q(z|x) of every image: mu and logvar, (n, latent_dim), and the labels, on the CPU. Of a model
+    without a logvar, the codes and the labels."""
     model.eval()
-    batches = [(*model.encode(images.to(device)), labels) for images, labels in loader]
+    batches = []
+    for images, labels in loader:
+        codes = model.encode(images.to(device))
+        batches.append((*codes, labels) if isinstance(codes, tuple) else (codes, labels))
     return tuple(torch.cat(part).cpu() for part in zip(*batches))
 
 
@@ -83,20 +87,6 @@ def kl_per_latent(mu: Tensor, logvar: Tensor) -> Tensor:
     # As if each were the only latent of an image of its own.
     each = kl_divergence_gaussian(mu.reshape(-1, 1), logvar.reshape(-1, 1))
     return each.view(mu.shape).mean(dim=0)
-
-
-def first_images(loader: Iterable, device: torch.device | str, n: int) -> Tensor:
-    """The first n images of the first batch."""
-    images, _ = next(iter(loader))
-    return images[:n].to(device)
-
-
-def nth_image(loader: Iterable, n: int) -> Tensor:
-    """Image n of all batches, counted from 0: (1, ...)."""
-    for images, _ in loader:
-        if n < len(images):
-            return images[n : n + 1]
-        n -= len(images)
 
 
 def tile(images: Tensor, columns: int, gap: int = 2) -> np.ndarray:
@@ -115,22 +105,15 @@ def save_tiles(
     images: Tensor, columns: int, path: str | Path, note: str = "", row_labels: Sequence[str] = (),
     column_labels: Sequence[str] = (), gap: int = 2, scale: int | None = None
 ) -> None:
-    """Save a grid of images, each pixel as scale x scale pixels, labels outside it.
-
-    scale: by default such that an image is about 84 pixels high.
-    """
+    """Save a grid of images, each pixel as scale x scale pixels, labels outside it. By default, an
+    image is about 84 pixels high."""
     picture = tile(images, columns, gap)
-    height, width = picture.shape[:2]
     high, wide = as_images(images).shape[2:]
     scale = scale or max(1, round(84 / high))
-    margins = (  # left, top, bottom and right, in inches
-        0.15 + 0.06 * max(map(len, row_labels), default=0),
-        0.25 if column_labels else 0.06,
-        0.25 if note else 0.06,
-        0.06,
-    )
-    left, top, bottom, right = (round(DPI * margin) for margin in margins)
-    w, h = width * scale, height * scale
+    h, w = picture.shape[0] * scale, picture.shape[1] * scale
+    left = round(DPI * (0.15 + 0.06 * max(map(len, row_labels), default=0)))
+    top, bottom = (round(DPI * (0.25 if text else 0.06)) for text in (column_labels, note))
+    right = round(DPI * 0.06)
     # A tenth of a pixel more, for some versions of matplotlib round the size down.
     total_w, total_h = left + w + right + 0.1, top + h + bottom + 0.1
     figure = Figure(figsize=(total_w / DPI, total_h / DPI))
@@ -159,7 +142,7 @@ def visualize_reconstruction(
 ) -> None:
     """Test images above their reconstructions, decoded from the mean of q(z|x)."""
     model.eval()
-    images = first_images(test_loader, device, num_samples)
+    images = next(iter(test_loader))[0][:num_samples].to(device)
     x_recon = model.decode(mean_codes(model, images)).view(images.shape)
     save_tiles(torch.cat([images, x_recon]), len(images), path, note, ["input", "decoded"])
 
@@ -177,10 +160,8 @@ def visualize_samples(
 def visualize_training(
     history: list[dict], path, unit: str = "nats per image", note: str = ""
 ) -> None:
-    """Loss, reconstruction and KL of every epoch, training and test, in the given unit.
-
-    Without a KL, as an autoencoder has none, the loss alone: recon is the same.
-    """
+    """Loss, reconstruction and KL of every epoch, training and test, in the given unit. Of an
+    autoencoder, which has no KL, the loss alone: recon is the same."""
     epochs = [row["epoch"] for row in history]
     terms = ("loss", "recon", "kl") if any(row["train_kl"] for row in history) else ("loss",)
     figure = Figure(figsize=(0.5 + 2.5 * len(terms), 2.8), layout="constrained")
@@ -204,21 +185,16 @@ def visualize_latent_space_2d(
     model: nn.Module, test_loader: Iterable, device, path,
     class_names: Sequence[str] = tuple("0123456789"), note: str = ""
 ) -> None:
-    """Every test image at its code, coloured by its class; for latent_dim = 2.
-
-    The circles hold 50 % and 95 % of the prior N(0, I).
-    """
-    model.eval()
-    batches = [(mean_codes(model, x.to(device)).cpu(), y.cpu()) for x, y in test_loader]
-    z, labels = (torch.cat(part).numpy() for part in zip(*batches))
+    """Every test image at its code, coloured by its class; for latent_dim = 2. The circles hold
+    50 % and 95 % of the prior N(0, I)."""
+    z, *_, labels = (part.numpy() for part in encode_all(model, test_loader, device))
     figure = Figure(figsize=(6.2, 5.4), layout="constrained")
     axes = figure.subplots()
     colours = matplotlib.colormaps["tab10"]
     for label in np.unique(labels):
         x, y = z[labels == label].T
         name = class_names[label] if label < len(class_names) else str(label)
-        style = {"color": colours(label % 10), "label": name}
-        axes.scatter(x, y, s=3, alpha=0.5, linewidths=0, **style)
+        axes.scatter(x, y, s=3, alpha=0.5, linewidths=0, color=colours(label % 10), label=name)
     for share in (0.5, 0.95):
         radius = (-2 * np.log(1 - share)) ** 0.5  # |z|^2 is exponential with mean 2
         axes.add_patch(Circle((0, 0), radius, fill=False, linestyle=":", color="black"))
@@ -233,10 +209,8 @@ def visualize_latent_space_2d(
 def interpolate_latent_space(
     model: nn.Module, z_start: Tensor, z_end: Tensor, num_steps: int = 10
 ) -> Tensor:
-    """Decode num_steps points on the straight line from z_start to z_end, both included.
-
-    z_start, z_end: (latent_dim,). Returns (num_steps, channels, height, width).
-    """
+    """Decode num_steps points on the straight line from z_start to z_end, (latent_dim,) each, both
+    included. Returns (num_steps, channels, height, width)."""
     model.eval()
     alphas = torch.linspace(0, 1, num_steps, device=z_start.device)[:, None]
     return as_images(model.decode((1 - alphas) * z_start + alphas * z_end))
@@ -249,7 +223,7 @@ def visualize_interpolation(
 ) -> None:
     """Between the codes of two test images, which stand at the ends of each row."""
     model.eval()
-    images = first_images(test_loader, device, 2 * num_pairs)
+    images = next(iter(test_loader))[0][: 2 * num_pairs].to(device)
     codes = mean_codes(model, images)
     rows = []
     for i in range(0, len(images) - 1, 2):
@@ -264,12 +238,9 @@ def visualize_interpolation(
 def visualize_latent_manifold(
     model: nn.Module, device, path, n: int = 20, digit_size: int = 28, note: str = ""
 ) -> None:
-    """An n x n grid over a 2-D latent space, decoded: z_1 to the right, z_2 upwards.
-
-    The grid takes equal steps in probability (through the inverse of the normal CDF),
-    so that every picture stands for the same share of the prior, 1/n^2. Equal steps in
-    z would spend most pictures on tails that the model never sees.
-    """
+    """An n x n grid over a 2-D latent space, decoded: z_1 to the right, z_2 upwards. The steps are
+    equal in probability (through the inverse of the normal CDF), so every picture stands for 1/n^2
+    of the prior. Equal steps in z would spend most pictures on tails that the model never sees."""
     model.eval()
     z = torch.special.ndtri((torch.arange(n, device=device) + 0.5) / n)
     z2, z1 = torch.meshgrid(z.flip(0), z, indexing="ij")
@@ -277,8 +248,7 @@ def visualize_latent_manifold(
     images = images.view(n * n, -1, digit_size, digit_size)
     labels = [f"{value:.1f}" for value in z.tolist()]
     rows, columns = [f"z2={labels[-1]}", *labels[-2::-1]], [f"z1={labels[0]}", *labels[1:]]
-    scale = 2 if digit_size < 64 else 1
-    save_tiles(images, n, path, note, rows, columns, gap=0, scale=scale)
+    save_tiles(images, n, path, note, rows, columns, gap=0, scale=2 if digit_size < 64 else 1)
 
 
 @torch.no_grad()
@@ -288,16 +258,15 @@ def visualize_traversals(
 ) -> None:
     """Move one latent at a time, the others at the code of the first test image.
 
-    A row a latent, ordered by KL (nats, mean over the test set): the num_dims - 1 with
-    the largest, and the one with the smallest. Where that is near 0, the decoder does not
-    use the latent, and the row does not change.
+    A row a latent, ordered by KL (nats, mean over the test set): the num_dims - 1 with the largest,
+    and the one with the smallest. Where that is near 0, the decoder does not use the latent.
     """
     mu, logvar, _ = encode_all(model, test_loader, device)
     kl = kl_per_latent(mu, logvar)
     order = kl.argsort(descending=True).tolist()
     order = order[: num_dims - 1] + order[num_dims - 1 :][-1:]
     values = torch.linspace(-2.5, 2.5, num_steps, device=device)
-    z = mean_codes(model, first_images(test_loader, device, 1)).repeat(len(order), num_steps, 1)
+    z = mu[:1].to(device).repeat(len(order), num_steps, 1)
     for row, j in enumerate(order):
         z[row, :, j] = values
     row_labels = [f"z{j + 1}: {kl[j]:.2f} nats" for j in order]
@@ -312,21 +281,20 @@ def visualize_attributes(
 ) -> None:
     """Add each attribute to a test face without it, and take it from one that has it.
 
-    attributes: name -> (n,), a value for every image of test_loader. An image has the
-    attribute where its value is above the mean. The direction of an attribute is the
-    mean code of the images that have it minus the mean code of those that have not.
+    attributes: name -> (n,), a value for every image of test_loader. An image has the attribute
+    where its value is above the mean. The direction of an attribute is the mean code of the images
+    that have it minus the mean code of those that have not.
     """
-    model.eval()
-    z = torch.cat([mean_codes(model, images.to(device)) for images, _ in test_loader])
-    steps = torch.linspace(0, 2, 5, device=z.device)
-    rows = []
+    z, *_ = encode_all(model, test_loader, device)
+    steps, rows = torch.linspace(0, 2, 5), []
     for values in attributes.values():
-        has = (values > values.double().mean()).to(z.device)
+        has = values > values.double().mean()
         direction = z[has].mean(dim=0) - z[~has].mean(dim=0)
         for which, sign in ((~has, 1), (has, -1)):
             i = which.nonzero()[0].item()  # the first such face
-            walk = model.decode(z[i] + sign * steps[:, None] * direction)
-            rows += [nth_image(test_loader, i).to(device), as_images(walk)]
+            walk = model.decode((z[i] + sign * steps[:, None] * direction).to(device))
+            faces = (face for images, _ in test_loader for face in images)
+            rows += [next(itertools.islice(faces, i, None))[None].to(device), as_images(walk)]
     columns = ["input", *(f"{step:+g}" for step in steps.tolist())]
     columns += ["input", *(f"{-step:+g}" for step in steps.tolist())]
     save_tiles(torch.cat(rows), len(columns), path, note, list(attributes), columns)
@@ -400,13 +368,9 @@ def draw_run(
     folder: str | Path, model: nn.Module, config: dict, history: list[dict], loader: Iterable,
     factors: dict[str, Tensor]
 ) -> None:
-    """Draw into folder every figure that applies to the run.
-
-    loader: its test images; factors: what is known about them, name -> (n,).
-    """
-    folder = Path(folder)
-    device = next(model.parameters()).device
-    note = config["notice"]
+    """Draw into folder every figure that applies to the run. loader: its test images; factors: what
+    is known about them, name -> (n,)."""
+    folder, device, note = Path(folder), next(model.parameters()).device, config["notice"]
     torch.manual_seed(config["seed"])
     visualize_training(history, folder / "training.png", loss_unit(config), note)
     visualize_reconstruction(model, loader, device, folder / "reconstruction.png", note=note)
@@ -418,15 +382,13 @@ def draw_run(
     names = [name for name in ATTRIBUTES.get(config["dataset"], ()) if name in factors]
     attributes = {name: factors[name] for name in names if len(factors[name].unique()) > 1}
     if attributes:
-        path = folder / "attributes.png"
-        visualize_attributes(model, loader, device, path, attributes, note)
+        visualize_attributes(model, loader, device, folder / "attributes.png", attributes, note)
     if config["latent_dim"] == 2:
-        names, path = CLASS_NAMES.get(config["dataset"], ["pictures"]), folder / "latent_space.png"
+        names = CLASS_NAMES.get(config["dataset"], ["pictures"])
         if config["dataset"] == "celeba" and "Smiling" not in factors:
             names = ("unknown",)  # there is no list of attributes
-        visualize_latent_space_2d(model, loader, device, path, names, note)
-        side = first_images(loader, device, 1).shape[-1]
-        path = folder / "manifold.png"
+        visualize_latent_space_2d(model, loader, device, folder / "latent_space.png", names, note)
+        path, side = folder / "manifold.png", next(iter(loader))[0].shape[-1]
         visualize_latent_manifold(model, device, path, digit_size=side, note=note)
     write_explorer(folder, model, config, loader)
 

@@ -133,7 +133,7 @@ def test_the_elbo_misses_the_kl_to_the_posterior(seed, shift, logvar):
     form of its KL, the other two by the grid."""
     model, x = small_network(seed, PaperVAE)  # smooth, as quadrature needs
     x, mu, logvar = x[:1], torch.tensor([[shift, 0.5]]).double(), torch.tensor([[logvar, -1.0]])
-    nodes, weights = map(torch.from_numpy, np.polynomial.hermite_e.hermegauss(40))
+    nodes, weights = map(torch.from_numpy, np.polynomial.hermite_e.hermegauss(80))
     q = Normal(mu, (logvar := logvar.double()).exp().sqrt())
     z = q.loc + q.scale * torch.cartesian_prod(nodes, nodes)
     log_px = Bernoulli(logits=model.decode_logits(z)).log_prob(x).sum(dim=1)
@@ -155,9 +155,9 @@ def test_the_best_gaussian_is_found_where_it_is_known():
     model.w = model.w @ torch.tensor([[1.0, 0.6], [0.0, 0.8]]).double()  # latents correlate
     precision = torch.eye(2).double() + model.w.T @ model.w / model.s**2
     mean = torch.linalg.solve(precision, ((x - model.b) @ model.w / model.s**2).T).T
-    mu, logvar = optimise(model, x, *model.encode(x), steps=2000)
-    torch.testing.assert_close(mu, mean, atol=0.02, rtol=0)
-    torch.testing.assert_close(logvar, -precision.diag().log().expand(6, 2), atol=0.05, rtol=0)
+    mu, logvar = optimise(model, x, *model.encode(x), steps=600)
+    torch.testing.assert_close(mu, mean, atol=0.03, rtol=0)
+    torch.testing.assert_close(logvar, -precision.diag().log().expand(6, 2), atol=0.08, rtol=0)
     elbo, _, _, _ = ex6.evaluate(model, x, mu, logvar, 500)
     scaled = precision / (precision.diag().outer(precision.diag())).sqrt()
     left = (model.exact(x) - elbo).mean().item()
@@ -291,9 +291,8 @@ def test_an_evaluation_agrees_with_one_by_hand(run, mnist_root, evaluate_here):
 
 
 def test_the_gap_is_taken_apart(run, mnist_root, evaluate_here):
-    """For the first 100 images: an ELBO that a search by other means (natural steps on the mean of
-    many draws) does not beat by much, and what is left."""
-    evaluate_here.steps = 100
+    """For the first 100 images: as much as a plain gradient descent gains, and what is left."""
+    evaluate_here.steps = 60
     _, found = evaluate_here(run)
     values = torch.tensor(found["values"])[:100]
     gap = (values[:, -1] - values[:, 0]).mean().item()
@@ -304,17 +303,19 @@ def test_the_gap_is_taken_apart(run, mnist_root, evaluate_here):
     x = binarize_once(load_dataset("mnist", mnist_root)[1].images)[:100].float() / 255
     mu, logvar = (part.clone().requires_grad_() for part in model.encode(x))
     search = torch.optim.SGD([mu, logvar], lr=0.02)
-    noise = torch.randn(32, *mu.shape)
-    for _ in range(150):
+
+    def elbo(draws):
         q = Normal(mu, (logvar / 2).exp())
-        z = q.loc + q.scale * noise
-        log_px = Bernoulli(logits=model.decode_logits(z)).log_prob(x.flatten(1)).sum(dim=(0, 2))
-        elbo = log_px / 32 - kl_divergence(q, Normal(0, 1)).sum(dim=1)
+        pixels = Bernoulli(logits=model.decode_logits(q.rsample((draws,))))
+        log_px = pixels.log_prob(x.flatten(1)).sum(dim=2).mean(dim=0)
+        return log_px - kl_divergence(q, Normal(0, 1)).sum(dim=1)
+
+    for _ in range(80):
         search.zero_grad()
-        (-elbo.sum()).backward()
+        (-elbo(8).sum()).backward()
         search.step()
-    gained = (elbo.mean() - values[:, 0].mean()).item()  # a little flattered: its noise is fixed
-    assert found["amortization_gap"] == pytest.approx(gained, abs=0.15 * gap + 0.2)
+    gained = (elbo(200) - values[:, 0]).mean().item()
+    assert found["amortization_gap"] == pytest.approx(gained, abs=0.1 * gap)
 
 
 def test_ctrl_c_loses_nothing_and_only_the_same_is_not_measured_again(

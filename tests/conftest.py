@@ -29,7 +29,7 @@ import draw  # noqa: E402
 import train  # noqa: E402
 
 # No time limit, for a busy machine is no failure; always the same examples.
-hypothesis.settings.register_profile("here", deadline=None, derandomize=True, max_examples=25)
+hypothesis.settings.register_profile("here", deadline=None, derandomize=True, max_examples=20)
 hypothesis.settings.load_profile("here")
 
 
@@ -50,14 +50,20 @@ def write_mnist(root: Path, train: data.Split, test: data.Split) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def few_attacks(request):
-    """A few tries of the attacks of torture.py, beside the other tests, as they mostly wait."""
-    if not any(item.path.name == "test_torture.py" for item in request.session.items):
-        return (yield)
-    command = [sys.executable, str(PROJECT / "tests" / "torture.py"), "--few"]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdout=pipe, stderr=subprocess.STDOUT, text=True) as process:
-        yield process
+def beside(request, mnist_root, tmp_path_factory):
+    """What mostly waits, started before the other tests: a few tries of the attacks of torture.py,
+    and the two processes of test_scale.py."""
+    files, processes = {item.path.name for item in request.session.items}, {}
+    if "test_torture.py" in files:
+        command = [sys.executable, str(PROJECT / "tests" / "torture.py"), "--few"]
+        processes["attacks"] = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if "test_scale.py" in files:
+        import test_scale
+
+        processes["two"] = test_scale.start(mnist_root, tmp_path_factory.mktemp("two"))
+    yield processes
+    for process in processes.values():
         process.terminate()
 
 

@@ -53,11 +53,8 @@ for folders, options in json.loads(sys.argv[1]):
 """
 
 
-@pytest.fixture(scope="module")
-def two(mnist_root, tmp_path_factory):
-    """Runs under torchrun, one after the other, as a start takes seconds. Returns the folder of the
-    disks, what each process kept, and how it ended."""
-    home = tmp_path_factory.mktemp("two")
+def start(mnist_root, home) -> subprocess.Popen:
+    """Runs under torchrun, one after the other, as a start takes seconds."""
     for folder in ("disk0/taken", "disk1", "none0", "none1"):
         (home / folder).mkdir(parents=True)
     both, none = [str(mnist_root)] * 2, [str(home / "none0"), str(home / "none1")]
@@ -75,10 +72,20 @@ def two(mnist_root, tmp_path_factory):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
                "--no-python", sys.executable, "-c", PROCESS, runs]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)}
-    end = subprocess.run(command, cwd=home, env=env, capture_output=True, text=True, timeout=300)
+    process = subprocess.Popen(command, cwd=home, env=env, stdout=open(home / "out", "w"),
+                               stderr=open(home / "err", "w"))
+    process.home = home
+    return process
+
+
+@pytest.fixture(scope="module")
+def two(beside):
+    """The folder of the disks, what each process kept, and how it ended."""
+    home, status = beside["two"].home, beside["two"].wait(timeout=300)
+    out, err = ((home / name).read_text() for name in ("out", "err"))
     kept = [path.read_text() for path in sorted(home.glob("disk?/kept.json"))]
-    assert len(kept) == 2, end.stderr
-    return home, list(map(json.loads, kept)), end
+    assert len(kept) == 2, err
+    return home, list(map(json.loads, kept)), subprocess.CompletedProcess((), status, out, err)
 
 
 def losses(history):

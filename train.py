@@ -89,28 +89,6 @@ def train_epoch(
     return mean_per_image(sums, count)
 
 
-def recorded(step: Callable) -> Callable:
-    """The step, recorded as a CUDA graph in its fourth call, and from there on replayed for batches
-    of that size: Python takes eight times as long to launch its hundred small kernels as a GPU
-    to run them."""
-    calls, graph, buffers = 0, torch.cuda.CUDAGraph(), ()
-
-    def replay(*batch: torch.Tensor) -> None:
-        nonlocal calls, buffers
-        calls += 1
-        if calls == 4:
-            buffers = [part.clone() for part in batch]
-            with torch.cuda.graph(graph):
-                step(*buffers)
-        if calls < 4 or batch[0].shape != buffers[0].shape:
-            return step(*batch)
-        for buffer, part in zip(buffers, batch):
-            buffer.copy_(part)
-        graph.replay()
-
-    return replay
-
-
 @torch.no_grad()
 def test_epoch(
     model: nn.Module, test_loader: Iterable, device: torch.device | str, beta: float = 1.0
@@ -146,6 +124,28 @@ def kl_weight(epoch: int, kl_anneal: int) -> float:
     """The weight of the KL in an epoch, counted from 1: min(1, epoch / kl_anneal), a linear form of
     KL annealing (Bowman et al. 2016 raise it along a sigmoid). kl_anneal = 0: always 1."""
     return min(1.0, epoch / kl_anneal) if kl_anneal else 1.0
+
+
+def recorded(step: Callable) -> Callable:
+    """The step, recorded as a CUDA graph in its fourth call, and from there on replayed for batches
+    of that size: Python takes eight times as long to launch its hundred small kernels as a GPU
+    to run them."""
+    calls, graph, buffers = 0, torch.cuda.CUDAGraph(), ()
+
+    def replay(*batch: torch.Tensor) -> None:
+        nonlocal calls, buffers
+        calls += 1
+        if calls == 4:
+            buffers = [part.clone() for part in batch]
+            with torch.cuda.graph(graph):
+                step(*buffers)
+        if calls < 4 or batch[0].shape != buffers[0].shape:
+            return step(*batch)
+        for buffer, part in zip(buffers, batch):
+            buffer.copy_(part)
+        graph.replay()
+
+    return replay
 
 
 class Loss(nn.Module):

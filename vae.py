@@ -35,7 +35,7 @@ def reparameterize(mu: Tensor, logvar: Tensor) -> Tensor:
 
     mu, logvar: (batch, latent_dim), with logvar = log sigma^2. Returns z of the
     same shape. The randomness sits in epsilon, which depends on no parameter, so
-    z is a differentiable function of mu and sigma (Kingma & Welling 2013, 2.4).
+    z is a differentiable function of mu and sigma (Kingma & Welling 2013, section 2.4).
     """
     std = torch.exp(0.5 * logvar)  # exp(log sigma^2 / 2) = sigma, not sigma^2
     epsilon = torch.randn_like(std)
@@ -49,8 +49,8 @@ def kl_divergence_gaussian(mu: Tensor, logvar: Tensor) -> Tensor:
     (Kingma & Welling 2013, appendix B). It is never negative, and 0 only where
     mu = 0 and sigma = 1.
     """
-    # expm1(logvar) is sigma^2 - 1 without the rounding of exp(logvar) near 1. That keeps the
-    # digits of a small KL, 2.5e-9 at logvar = 1e-4 and not 0. The gradients are as with exp.
+    # = 1/2 sum_j (mu^2 + (sigma^2 - 1) - log sigma^2). expm1(logvar) is sigma^2 - 1 without the
+    # rounding of exp(logvar) near 1: a small KL keeps its digits. The gradients are as with exp.
     return 0.5 * (mu.pow(2) + torch.expm1(logvar) - logvar).sum(dim=1)
 
 
@@ -63,7 +63,7 @@ def bce_from_logits(x_logits: Tensor, x: Tensor) -> Tensor:
     On grey pixels it still has its minimum at the right mean, but it is no likelihood.
 
     With p = sigmoid(l) the cross-entropy is -x log p - (1 - x) log(1 - p). Since
-    log p = l - softplus(l) and log(1 - p) = -softplus(l), with
+    p = e^l / (1 + e^l), log p = l - softplus(l) and log(1 - p) = -softplus(l), with
     softplus(l) = log(1 + e^l), this is softplus(l) - x l: finite for every finite
     logit, with the exact gradient sigmoid(l) - x. Through the sigmoid itself it would
     break: in float32 sigmoid(17) is 1, so log(1 - p) is -inf.
@@ -103,14 +103,15 @@ def vae_loss(
 
 
 def of_size(x: Tensor, *size: int) -> Tensor:
-    """x, if its images are of this size: a product of matrices that do not fit says less."""
+    """x, if its images are of this size: a clearer error than PyTorch's."""
     if x.shape[1:] != size:
         raise ValueError(f"the network takes images of {size}, and is given {(*x.shape[1:],)}")
     return x
 
 
 class VAEEncoder(nn.Module):
-    """The recognition network q(z|x) by itself (chapter 2.3): 784 -> 400 -> mu, log sigma^2."""
+    """The recognition network q(z|x) by itself (chapter 2.3): 784 -> 400 -> mu, log sigma^2. The
+    models below have theirs inside; exercises 3 and 5 use this one."""
 
     def __init__(self, input_dim: int = 784, hidden_dim: int = 400, latent_dim: int = 20):
         super().__init__()

@@ -168,7 +168,7 @@ def reward(answers: types.ModuleType) -> None:
         return print(f"... and stops: {describe(error)}")
     _, right, right_images = trained(vae.VAE, lent_step, batches[:n], x, float("inf"))
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
-    labels = ["input", "yours", "yours, drawn", "vae.py", "vae.py, drawn"]
+    labels = ["input", "yours", "yours, sampled", "vae.py", "vae.py, sampled"]
     save_tiles(torch.cat([x[:10], images, right_images]), 10, PICTURE, row_labels=labels)
     print(f"After {n} steps your test loss is {loss:.2f} nats per image, that of vae.py "
           f"{right:.2f}. What both make of it: {PICTURE}")

@@ -194,11 +194,12 @@ class IWAE(PaperVAE):
 
 train.MODELS |= {"paper": PaperVAE, "iwae": IWAE}  # so that train.train_run can build them
 
-COSINE = "--binarize --lr-schedule cosine "
+COSINE = "--binarize --lr-schedule cosine --lr 1e-3 "
+PAPER = COSINE + "--batch-size 100 --kl-anneal 20 "
 RECIPES = {  # the rows of the table in README.md, section 6: options of train.py
-    "vae": COSINE + "--model paper --batch-size 100 --epochs 800 --kl-anneal 40",
-    "iwae": COSINE + "--model iwae --batch-size 100 --epochs 240",
-    "conv": COSINE + "--model conv --latent-dim 64 --batch-size 64 --lr 1e-3 --epochs 170 --amp",
+    "vae": PAPER + "--model paper --epochs 800",
+    "iwae": PAPER + "--model iwae --epochs 240",
+    "conv": COSINE + "--model conv --latent-dim 64 --batch-size 64 --epochs 170 --amp",
     "mlp": "--binarize",
     "mlp-grey": "",
     "plane": "--binarize --latent-dim 2",

@@ -274,6 +274,7 @@ def kl_weight(weight: Callable) -> Iterator[Fact]:
         yield Fact(f"kl_anneal = {n}, epochs 1 to 7", lambda: torch.tensor(
             [float(weight(epoch, n)) for epoch in range(1, 8)]), right, {
             "a weight that starts at 0: epochs count from 1.": line[:7].clamp(max=1),
+            "a weight from 0 to 1: the first of n has 1 / n.": (1.25 * line[:7]).clamp(max=1),
             "a weight beyond 1: from epoch n on it stays at 1.": line[1:]})
 
 

@@ -87,9 +87,9 @@ class VAE(nn.Module):
 class ConvVAE(nn.Module):
     """Step 6 (chapter 2.4): the decoder of the convolutional VAE, for 28 x 28 images.
 
-    The encoder goes 28 -> 14 -> 7 -> 3. Write the way back, and in __init__ its layers: those of
-    the chapter make 24 x 24. (A transposed convolution of n rows has (n - 1) * stride - 2 * padding
-    + kernel_size + output_padding of them.)
+    The encoder goes 28 -> 14 -> 7 -> 3. Write the way back, and in __init__ its layers. With
+    kernels of 4, stride 2 and padding 1 throughout it ends at 24 x 24. (A transposed convolution
+    of n rows has (n - 1) * stride - 2 * padding + kernel_size + output_padding of them.)
     """
 
     def __init__(self, input_channels: int = 1, latent_dim: int = 128):
@@ -121,7 +121,7 @@ def squared_error(x_logits: Tensor, x: Tensor) -> Tensor:
 
 
 def kl_weight(epoch: int, kl_anneal: int) -> float:
-    """Step 9 (exercise 5): the weight of the KL, in a straight line up to 1 in epoch kl_anneal.
+    """Step 9 (exercise 5): the weight of the KL, epoch / kl_anneal, and never more than 1.
 
     Epochs are counted from 1. If kl_anneal is 0 the weight is always 1.
     """

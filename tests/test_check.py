@@ -88,6 +88,7 @@ step | m = loss(); m.backward(); s(); return m | the sum for the mean, and beta 
 step | m = loss() / n; z(); m.backward(); s(); return m.item() | beta left out
 step | m = loss(beta) / n; z(); m.backward(); s(); return m | the loss returned with its graph
 weight | min(1, (epoch - 1) / n) if n else 1 | a weight that starts at 0
+weight | min(1, (epoch - 1) / (n - 1)) if n > 1 else 1 | a weight from 0 to 1
 weight | epoch / n if n else 1 | a weight beyond 1
 bound | w.logsumexp(0) | without -log k
 bound | w.mean(0) | the mean of the logarithms || w.exp().mean(0).log() | exp overflows

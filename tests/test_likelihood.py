@@ -281,26 +281,27 @@ def test_an_evaluation_agrees_with_one_by_hand(run, mnist_root, evaluate_here):
     difference = torch.tensor(numbers) - torch.tensor(evaluate_by_hand(run, mnist_root))
     assert (difference.abs() <= torch.tensor([0.3, 0.3, 0, 0.03])).all(), difference
     assert elbo == pytest.approx(train.load_run(run)[1]["history"][-1]["test_loss"], abs=0.5)
-    assert found["gap"] == pytest.approx(elbo - bound) and found["gap"] > 1
+    assert elbo - bound > 1
     assert [*found["bounds"]] == ["1", "5", "50"]
     means = torch.tensor(found["values"]).mean(dim=0).tolist()
     assert [*found["bounds"].values()] == pytest.approx(means) == sorted(means)
     assert (-means[0], -means[-1]) == pytest.approx((elbo, bound))
-    line = f"-ELBO {elbo:.2f}  -log p(x) {bound:.2f} +- {error:.2f}  gap {found['gap']:.2f} nats"
+    line = f"-ELBO {elbo:.2f}  -log p(x) <= {bound:.2f} +- {error:.2f} nats"
     assert line in printed
 
 
 def test_the_gap_is_taken_apart(run, mnist_root, evaluate_here):
-    """For the first 100 images: as much as a plain gradient descent gains, and what is left."""
+    """For every third of 300 images: as much as a plain gradient descent gains, and what is left."""
     evaluate_here.steps = 60
     _, found = evaluate_here(run)
-    values = torch.tensor(found["values"])[:100]
+    values = torch.tensor(found["values"])[::3]
     gap = (values[:, -1] - values[:, 0]).mean().item()
-    assert found["amortization_gap"] > 0.1 * gap and found["approximation_gap"] > 0
-    assert found["amortization_gap"] + found["approximation_gap"] > gap - 0.05  # a better bound
+    amortization, approximation = found["gaps"].values()
+    assert amortization > 0.1 * gap and approximation > 0
+    assert amortization + approximation > gap - 0.05  # a better bound
     model, _ = train.load_run(run)
     model.requires_grad_(False)
-    x = binarize_once(load_dataset("mnist", mnist_root)[1].images)[:100].float() / 255
+    x = binarize_once(load_dataset("mnist", mnist_root)[1].images)[::3].float() / 255
     mu, logvar = (part.clone().requires_grad_() for part in model.encode(x))
     search = torch.optim.SGD([mu, logvar], lr=0.02)
 
@@ -315,7 +316,7 @@ def test_the_gap_is_taken_apart(run, mnist_root, evaluate_here):
         (-elbo(8).sum()).backward()
         search.step()
     gained = (elbo(200) - values[:, 0]).mean().item()
-    assert found["amortization_gap"] == pytest.approx(gained, abs=0.1 * gap)
+    assert amortization == pytest.approx(gained, abs=0.1 * gap)
 
 
 def test_ctrl_c_loses_nothing_and_only_the_same_is_not_measured_again(

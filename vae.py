@@ -55,8 +55,8 @@ def kl_divergence_gaussian(mu: Tensor, logvar: Tensor) -> Tensor:
 
 
 def bce_from_logits(x_logits: Tensor, x: Tensor) -> Tensor:
-    """Binary cross-entropy per image, summed over its pixels: (batch,), nats. It is what torch
-    calls binary_cross_entropy_with_logits.
+    """Binary cross-entropy per image, summed over its pixels: (batch,), nats. Up to rounding it is
+    what torch calls binary_cross_entropy_with_logits.
 
     x: images in [0, 1]; x_logits: as many logits, any real numbers, flat or not. For
     pixels of 0 and 1 it is -log p(x|z) of Bernoulli pixels with mean sigmoid(x_logits).
@@ -92,7 +92,7 @@ def vae_loss(
     x_logits, x: the same images, (batch, ...); mu, logvar: (batch, latent_dim);
     recon_loss: bce_from_logits or squared_error. Three scalars, total = recon + beta * kl. kl
     is exact, in nats. recon is a one-sample Monte Carlo estimate of -E_q(z|x)[log p(x|z)], in
-    nats with the BCE, and with the squared error but for a constant (see there).
+    nats with the BCE (of binary pixels), with the squared error but for a constant (see there).
     """
     recon = recon_loss(x_logits, x).sum()
     kl = kl_divergence_gaussian(mu, logvar).sum()

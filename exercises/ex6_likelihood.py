@@ -198,7 +198,7 @@ COSINE = "--binarize --lr-schedule cosine --lr 1e-3 "
 PAPER = COSINE + "--batch-size 100 --kl-anneal 20 "
 RECIPES = {  # the rows of the table in README.md, section 6: options of train.py
     "vae": PAPER + "--model paper --epochs 800",
-    "iwae": PAPER + "--model iwae --epochs 200",
+    "iwae": PAPER + "--model iwae --epochs 120",
     "conv": COSINE + "--model conv --latent-dim 64 --batch-size 64 --epochs 170 --amp",
     "mlp": "--binarize",
     "mlp-grey": "",

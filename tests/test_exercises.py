@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import common
@@ -12,6 +13,7 @@ import ex2_latent_dim as ex2
 import ex3_conditional_vae as ex3
 import ex4_mse_vs_bce as ex4
 import ex5_kl_annealing as ex5
+import ex6_likelihood
 import metrics
 import numpy as np
 import pytest
@@ -428,3 +430,20 @@ def test_the_answers_quote_tables_that_follow_from_every_run():
                 values = [row[measure] for row in rows if measure in row]
                 both = (np.mean(values), np.std(values, ddof=1)) if values else ()
                 assert cell == " ± ".join(f"{value:.{digits}f}" for value in both)
+
+
+def test_the_answers_quote_the_likelihoods_that_were_measured():
+    answers = (PROJECT / "exercises/README.md").read_text()
+    rows = json.loads((PROJECT / "exercises/results/ex6_likelihood.json").read_text())["rows"]
+    assert {row["recipe"] for row in rows} == ex6_likelihood.RECIPES.keys()
+    for row in rows:
+        line, = re.findall(rf"^\| `{row['recipe']}` .*", answers, re.MULTILINE)
+        numbers = [row["neg_elbo"], -row["bounds"]["5"], -row["bounds"]["50"]]
+        numbers += [row["neg_log_likelihood"], row["standard_error"]]
+        for name, gap in row["gaps"].items():
+            numbers += [gap, row["gap_errors"][name]]
+        assert re.findall(r"\d+\.\d\d", line) == [f"{number:.2f}" for number in numbers]
+        assert f"| {row['epochs']}, {row['minutes']:.0f} |" in line
+        assert f"| {row['active_units']} of {row['latent_dim']} |" in line
+        config = train.parse_args(ex6_likelihood.RECIPES[row["recipe"]].split())
+        assert row["epochs"] == config.epochs and row["num_samples"] == 5000

@@ -54,7 +54,8 @@ def test_commands_and_links_lead_somewhere(tmp_path):
     for options in commands:
         train.parse_args(options.replace("path/to/a/folder", str(tmp_path)).split())
     for name, text in TEXTS.items():
-        for path, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", text):
+        links = re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", text)
+        for path, anchor in links + [(path, "") for path in re.findall(r'src="(.*?)"', text)]:
             target = (PROJECT / name).parent / path if path else PROJECT / name
             assert target.exists(), (name, path)
             if anchor:

@@ -326,7 +326,7 @@ def test_ctrl_c_loses_nothing_and_only_the_same_is_not_measured_again(
     (run / "evaluation.json").unlink()
 
     def counted(*args):
-        calls.append(args)
+        calls.append(torch.initial_seed())
         if len(calls) == 4:
             raise KeyboardInterrupt
         return honest(*args)
@@ -337,6 +337,7 @@ def test_ctrl_c_loses_nothing_and_only_the_same_is_not_measured_again(
     assert len(json.loads((run / "evaluation.json").read_text())["values"]) == 30  # 10 at a time
     assert evaluate_here(run)[1] | {"seconds": 0} == whole | {"seconds": 0}
     assert len(calls) == 4 + 27 + 1  # and one for the gap
+    assert len(set(calls)) == 30  # each part of the images has noise of its own
     assert evaluate_here(run)[1] | {"seconds": 0} == whole | {"seconds": 0} and len(calls) == 32
     assert evaluate_here(run, draws=5)[1]["num_samples"] == 5
     for text in ("[", "[]", '{"epochs": 2}'):

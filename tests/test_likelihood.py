@@ -148,10 +148,10 @@ def test_the_elbo_misses_the_kl_to_the_posterior(seed, shift, logvar):
 
 def test_the_best_gaussian_is_found_where_it_is_known():
     """Of a posterior N(m, P^-1) it has the mean m and the variances 1 / P_jj; what is left of the
-    gap is then half the log determinant of P with its diagonal scaled to 1."""
+    gap is then -1/2 the log determinant of P with its diagonal scaled to 1."""
     torch.manual_seed(0)
     model = LinearGaussian(shift=1.0, stretch=2.0)
-    x, exact = model.draw(6), LinearGaussian.encode
+    x = model.draw(6)
     model.w = model.w @ torch.tensor([[1.0, 0.6], [0.0, 0.8]]).double()  # latents correlate
     precision = torch.eye(2).double() + model.w.T @ model.w / model.s**2
     mean = torch.linalg.solve(precision, ((x - model.b) @ model.w / model.s**2).T).T

@@ -417,11 +417,13 @@ def test_a_recipe_is_trained_drawn_and_evaluated(
         width, height = Image.open(folder / f"{name}.png").size
         assert (width // 90, height // 90) == (columns, rows)  # 28 + 2 pixels, three times as large
     seen.clear()
+    posteriors = []
     monkeypatch.setattr(train, "draw_run", lambda *args: None)
+    monkeypatch.setattr(ex6, "visualize_posterior", lambda *args: posteriors.append(args[2]))
     args += "--dataset", "mnist-validation", "--latent-dim", 2, "--out", "runs/other"
     assert run_here(ex6.main, *args).returncode == 0
     held_out = images[-(len(images) // 6) :]
     assert torch.equal(torch.cat(seen[:-1])[: len(held_out)], binarize_once(held_out) / 255)
-    assert Path("runs/other/posterior.png").is_file()
+    assert posteriors == [Path("runs/other/posterior.png")]
     for wrong in ((), ("--recipe",), ("--recipe", "none"), ("runs/other", "--recipe", "iwae")):
         assert_user_error(run_here(ex6.main, *wrong), "--recipe")

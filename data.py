@@ -307,7 +307,7 @@ def load_celeba(root: Path) -> tuple[Split, Split]:
             "Take img_align_celeba.zip, list_eval_partition.txt and list_attr_celeba.txt from "
             f"https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html and put them into {folder}, or "
             "train on --dataset faces")
-    # To 148 of 178 columns, as everyone crops it.
+    # To 148 of 178 columns, a usual crop.
     pictures = Pictures(source, CELEBA_PICTURE, crop=148 / 178, strict=True)
     names = [name.split("/")[-1] for name in pictures.names]
     if (n := len(names)) == 0:

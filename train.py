@@ -488,7 +488,7 @@ def parse_args(argv: Sequence[str], description: str = __doc__) -> argparse.Name
     """The options of a training run, checked; UserError for a bad one."""
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, size = parser.add_argument, number(int, 1, 2**16)
-    add("--model", choices=MODELS, help="default: mlp; celeba for the datasets celeba and faces")
+    add("--model", choices=MODELS, help="default: mlp; celeba for what is in colour")
     add("--latent-dim", type=size, metavar="N", help="size of the code (20; conv 128, celeba 256)")
     add("--hidden-dim", type=size, metavar="N", help="units of ae's and mlp's hidden layers (400)")
     add("--beta", type=number(float, 0), default=1.0, metavar="B", help="weight of the KL (1)")

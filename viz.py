@@ -240,7 +240,7 @@ def visualize_latent_manifold(
 ) -> None:
     """An n x n grid over a 2-D latent space, decoded: z_1 to the right, z_2 upwards. The steps are
     equal in probability (through the inverse of the normal CDF), so every picture stands for 1/n^2
-    of the prior. Equal steps in z would spend most pictures on tails that the model never sees."""
+    of the prior. Equal steps in z would spend most pictures where there is little of it."""
     model.eval()
     z = torch.special.ndtri((torch.arange(n, device=device) + 0.5) / n)
     z2, z1 = torch.meshgrid(z.flip(0), z, indexing="ij")

@@ -106,8 +106,8 @@ def dci(z: Tensor, factors: dict[str, Tensor]) -> dict[str, float]:
     which factor. Disentanglement is 1 if each latent matters for one factor only,
     completeness is 1 if one latent does for each factor; neither says anything where little is
     known at all. So look at informativeness first: the share of the variance of the factors
-    that is explained, in the half of the images that the lasso has not seen (Eastwood &
-    Williams give the error instead). A class is predicted as its one-hot vector.
+    that is explained, in the half of the images that the lasso has not seen: at worst a little
+    below 0 (Eastwood & Williams give the error). A class is predicted as its one-hot vector.
     """
     x = standardize(z.double())
     half = len(z) // 2

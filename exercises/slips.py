@@ -101,7 +101,7 @@ def reparameterize(draw: Callable) -> Iterator[Fact]:
     z = draw(mu.clone(), logvar.clone())
     yield Fact(given + "z", lambda: shape(z), "(4000, 2)")
     yield Fact(given + "z of two calls", lambda: compare(z, draw(mu, logvar)), "different", {
-        "no new noise: z = mu has none, and a seed in here repeats it.": "the same"})
+        "no new noise: z = mu has none, and a seed set in here repeats the old.": "the same"})
     yield Fact(given + "the standard deviation of z", lambda: z.std(dim=0), std, {
         "variance for standard deviation: exp(logvar) is sigma^2. z spreads by its root.": std**2,
         "exp(0.5 logvar) used twice: once leads from log sigma^2 to sigma.": (std / 2).exp(),
@@ -167,6 +167,8 @@ def vae_loss(loss: Callable) -> Iterator[Fact]:
     yield Fact(given + "recon, kl", lambda: torch.stack(loss(*pixels, *latents, 3.0)[1:]), right, {
         "averaged over the batch: here all is summed. The training step divides.": right / 4,
         'recon averaged over the pixels ("beta = 784"): the KL is then 784 times too heavy.':
+            right / torch.tensor([5, 1]),
+        "recon averaged over pixels and images: torch's losses do so unless told to sum.":
             right / torch.tensor([20, 1]),
         "kl returned with its weight: beta is for total alone.": right * torch.tensor([1, 3])})
     yield Fact(given + "total", lambda: loss(*pixels, *latents, 3.0)[0], recon + 3 * kl, {
@@ -207,7 +209,7 @@ def VAE(build: Callable, *label: int) -> Iterator[Fact]:
         torch.cat(ask(model.encode, x)), torch.cat(ask(model, x)[1:])), "the same")
     yield Fact("x_logits of two calls",
                lambda: compare(ask(model, x)[0], ask(model, x)[0]), "different",
-               {"z = mu in training: decode a draw of z, or the KL has nothing to do.": "the same"})
+               {"z = mu in training: decode a draw, or no image can tell sigma.": "the same"})
     yield Fact("the range of forward's x_logits",
                lambda: span(ask(model, x)[0]), "all real numbers",
                {"forward returns probabilities: what the loss wants are logits.": "0 to 1"})

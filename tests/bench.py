@@ -2,26 +2,20 @@
 
 1. Steps: this project's beside the plain way that everyone starts with, and beside the floor,
    the matrix products or convolutions alone, at the same shapes.
-2. Growth: images a second against the number of images, the batch, and the code.
-3. Whole runs: start-up, loading, figures, memory; ten epochs beside the plain way's; processes.
-4. CelebA's JPEGs: the loader beside Pillow alone.
+2. Whole runs: start-up, loading, figures, memory; ten epochs beside the plain way's; processes.
 
 What is compared runs in turns; shown are medians, and medians of the ratios of each turn, so that
-a machine whose speed drifts favours neither side. A part alone: python tests/bench.py jpegs
+a machine whose speed drifts favours neither side. A part alone: python tests/bench.py runs
 """
 
-import contextlib
-import io
 import itertools
 import os
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, median
 
@@ -34,7 +28,6 @@ from torch.utils.data import DataLoader, Dataset
 PROJECT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(PROJECT))
 import train
-from celeba_files import write_celeba
 from data import PROJECT_DATA, Batches, load_dataset
 from vae import VAE, CelebAVAE, ConvVAE, kl_divergence_gaussian
 
@@ -170,27 +163,6 @@ def steps() -> None:
               f"  {ratio(found['floor'], found['ours']):.2f}", flush=True)
 
 
-def growth() -> None:
-    digits, _ = load_dataset("digits", PROJECT_DATA)
-    print(f"\nmlp in training, images a second, median of {TURNS} turns, and times the first")
-
-    def epoch(images: torch.Tensor, batch_size: int, **sizes) -> Callable[[], float]:
-        model = prepared("mlp", **sizes)
-        batches = Batches(images, torch.zeros(len(images)), batch_size, shuffle=True)
-        return lambda: rate(len(images), ours, model, batches)
-
-    def show(rivals: dict[str, Callable[[], float]]) -> None:
-        for name, values in (found := in_turns(rivals)).items():
-            ratio_to_first = ratio(values, next(iter(found.values())))
-            print(f"{name:24} {median(values):9,.0f}  {ratio_to_first:.2f}")
-
-    images = digits.images
-    show({f"{n * len(images):,} images": epoch(images.repeat(n, 1, 1, 1), 128) for n in (1, 4, 16)})
-    few = images[:20_000]
-    show({f"batches of {size}": epoch(few, size) for size in (128, 32, 512, 2048)})
-    show({f"{d} latents": epoch(few, 128, latent_dim=d) for d in (20, 2, 200, 2000)})
-
-
 def seconds_of(*args: str, **env: str) -> float:
     command, how = [sys.executable, *args], {"check": True, "capture_output": True}
     return 1 / rate(1, lambda: subprocess.run(command, env=os.environ | env, cwd=PROJECT, **how))
@@ -241,46 +213,7 @@ def runs() -> None:
         print(f"peak memory of a process: {peak:,.0f} MB")
 
 
-def jpegs(n: int = 10_000) -> None:
-    """Drawn faces in the layout of CelebA, decoded by nothing but Pillow's calls, from the folder;
-    and by the loader, which also lists the files, writes the array and forces it onto the disk."""
-    with tempfile.TemporaryDirectory() as scratch:
-        folder, zipped = Path(scratch) / "folder", Path(scratch) / "zip"
-        print(f"\nwriting {n:,} JPEGs ...", flush=True)
-        paths = sorted((write_celeba(folder, n) / "img_align_celeba").iterdir())
-        shutil.copytree(folder, zipped)
-        copies = zipped / "celeba" / "img_align_celeba"
-        shutil.make_archive(copies, "zip", copies.parent, copies.name)
-        shutil.rmtree(copies)
-        chunks = [paths[i : i + 64] for i in range(0, n, 64)]
-        print(f"of {sum(path.stat().st_size for path in paths) / n:,.0f} bytes on average")
-
-        def load(root: Path) -> None:
-            for path in root.glob("celeba/img_align_celeba-64x64*"):
-                path.unlink()
-            with contextlib.redirect_stdout(io.StringIO()):
-                load_dataset("celeba", root)
-
-        def bare(paths: list[Path]) -> None:
-            for path in paths:
-                Image.open(path).resize((64, 64), Image.Resampling.BILINEAR, (15, 35, 163, 183))
-
-        with ThreadPoolExecutor(CORES) as pool:
-            found = in_turns({
-                "Pillow alone": lambda: rate(n, lambda: list(pool.map(bare, chunks))),
-                "loader, folder": lambda: rate(n, load, folder),
-                "loader, zip": lambda: rate(n, load, zipped),
-            })
-        print(f"images a second in {CORES} threads, and of Pillow alone")
-        for name, rates in found.items():
-            ratios = [one / other for one, other in zip(rates, found["Pillow alone"])]
-            print(f"{name:15} {median(rates):7,.0f}  {median(ratios):.2f} "
-                  f"({min(ratios):.2f} to {max(ratios):.2f})")
-
-        print(f"second start: {1 / rate(1, load_dataset, 'celeba', zipped):.2f} s to load")
-
-
-PARTS = {"steps": steps, "growth": growth, "runs": runs, "jpegs": jpegs}
+PARTS = {"steps": steps, "runs": runs}
 
 if __name__ == "__main__":
     print(f"PyTorch {torch.__version__}, {CORES} cores, {torch.get_num_threads()} threads")

@@ -27,6 +27,7 @@ sys.path[:0] = [str(PROJECT), str(PROJECT / "exercises")]
 import data  # noqa: E402
 import draw  # noqa: E402
 import train  # noqa: E402
+import viz  # noqa: E402
 
 # No time limit, for a busy machine is no failure; always the same examples.
 hypothesis.settings.register_profile("here", deadline=None, derandomize=True, max_examples=20)
@@ -99,18 +100,19 @@ def mnist_root(drawn, tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture(scope="session")
-def digits_root(tmp_path_factory) -> Path:
-    """A data folder with the cache of the built-in digits."""
-    root = tmp_path_factory.mktemp("digits")
-    data.load_dataset("digits", root)
-    return root
-
-
 @pytest.fixture
 def no_figures(monkeypatch):
     """Do not draw, which takes longer than to train on so few images."""
     monkeypatch.setattr(train, "draw_run", lambda *args: None)
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """Of viz.py's figures only what they would have been saved as: name -> (figure, note)."""
+    saved = {}
+    monkeypatch.setattr(viz, "save", lambda figure, path, note="":
+                        saved.update({Path(path).name: (figure, note)}))
+    return saved
 
 
 def overfit(model, images: torch.Tensor, steps: int, beta: float = 1.0) -> list[float]:

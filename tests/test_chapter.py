@@ -10,8 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import train
 from ae import Autoencoder
-from vae import VAE, CelebAVAE, ConvVAE, VAEEncoder, bce_from_logits, kl_divergence_gaussian
-from vae import reparameterize, vae_loss
+from vae import VAE, CelebAVAE, ConvVAE, VAEEncoder, reparameterize, vae_loss
 from viz import interpolate_latent_space, visualize_interpolation, visualize_latent_manifold
 from viz import visualize_latent_space_2d, visualize_reconstruction, visualize_samples
 
@@ -35,17 +34,6 @@ def test_section_2_1_autoencoder():
     assert ae.decode(torch.randn(10, 20)).shape == (10, 784)
 
 
-def test_section_2_2_loss():
-    x, x_recon = torch.rand(32, 784), torch.rand(32, 784)
-    mu, logvar = torch.randn(32, 20), torch.randn(32, 20)
-    assert kl_divergence_gaussian(mu, logvar).shape == (32,)
-    total_loss, recon_loss, kl_loss = vae_loss(x_recon, x, mu, logvar)
-    assert total_loss.item() == pytest.approx(recon_loss.item() + kl_loss.item(), rel=1e-6)
-    # The chapter's formula lacks a minus sign; its code has it, and so has ours.
-    formula = 0.5 * (1 + logvar - mu.pow(2) - logvar.exp()).sum()
-    assert kl_loss.item() == pytest.approx(-formula.item(), rel=1e-5) and kl_loss > 0
-
-
 def test_section_2_3_reparameterization():
     encoder = VAEEncoder(input_dim=784, hidden_dim=400, latent_dim=20)
     x = torch.randn(32, 784)
@@ -56,11 +44,7 @@ def test_section_2_3_reparameterization():
     assert mu.shape == logvar.shape == z.shape == (32, 20)
     z.sum().backward()
     assert encoder.fc_mu.weight.grad is not None and encoder.fc_logvar.weight.grad is not None
-    # Its numerical example takes the log of variances: exp(0.5 log s) is sqrt(s), not s.
-    variance = torch.tensor([0.001, 1.0, 100.0])
-    scale = reparameterize(torch.zeros(50_000, 3), variance.log().expand(50_000, 3)).std(dim=0)
-    assert_close(scale, variance.sqrt(), rtol=0.02, atol=0)
-    # And it clips the log-variance to [-10, 10]: so do the encoders.
+    # It clips the log-variance to [-10, 10]: so do the encoders.
     with torch.no_grad():
         encoder.fc_logvar.bias.copy_(torch.linspace(-1000, 1000, 20))
     logvar = encoder(torch.rand(4, 784))[1]
@@ -112,14 +96,6 @@ def test_sections_2_4_and_2_7_convolutions(architecture, size, side, channels, n
     assert_close(model.decode(z), expected)
 
 
-def test_section_2_4_a_sigmoid_before_the_cross_entropy_kills_the_gradient():
-    """The reason for logits: at a logit of 20, float32 knows only the loss from logits."""
-    logits, x = torch.full((2, 1), 20.0, requires_grad=True), torch.zeros(1, 1)
-    through_sigmoid = F.binary_cross_entropy(torch.sigmoid(logits[:1]), x)
-    (through_sigmoid + vae_loss(logits[1:], x, x, x)[0]).backward()
-    assert_close(logits.grad, torch.tensor([[0.0], [1.0]]))
-
-
 def test_section_2_5_and_2_6_training_and_pictures(drawn, tmp_path):
     dataset = TensorDataset(drawn.images[:600] / 255, drawn.labels[:600])
     train_loader = DataLoader(dataset, batch_size=128, shuffle=True)
@@ -141,19 +117,10 @@ def test_section_2_5_and_2_6_training_and_pictures(drawn, tmp_path):
     assert images.shape == (10, 1, 28, 28)
     path = tmp_path / "4.png"
     visualize_interpolation(model, test_loader, device, num_pairs=3, num_steps=10, path=path)
-    visualize_latent_manifold(model_2d, device, n=20, digit_size=28, path=tmp_path / "5.png")
+    visualize_latent_manifold(model_2d, device, n=5, digit_size=28, path=tmp_path / "5.png")
     assert all((tmp_path / f"{i}.png").stat().st_size > 2000 for i in range(1, 6))
 
     # The chapter's loop flattens every batch, so it cannot train a convolutional model.
     conv = ConvVAE(input_channels=1, latent_dim=128)
     first = train.train_epoch(conv, train_loader, optim.Adam(conv.parameters(), lr=1e-3), device)
     assert train.test_epoch(conv, test_loader, device)[0] < first[0]
-
-
-def test_section_2_5_cross_entropy_is_a_likelihood_of_binary_pixels_only():
-    """exp(-BCE) sums to 1 over the pixel values {0, 1}; over [0, 1] it does not integrate to 1."""
-    grey = torch.linspace(0, 1, 1001)[:, None]
-    for logit in (-3.0, 0.0, 1.0):
-        likelihood = torch.exp(-bce_from_logits(torch.full((1001, 1), logit), grey))
-        assert likelihood[0] + likelihood[-1] == pytest.approx(1, abs=1e-6)
-        assert torch.trapezoid(likelihood, dx=1e-3).item() < 0.6

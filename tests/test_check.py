@@ -4,6 +4,8 @@ import re
 from pathlib import Path
 
 import check
+import data
+import draw
 import pytest
 import slips
 from conftest import assert_user_error, run_here
@@ -78,7 +80,8 @@ loss | -(r + beta * kl), r, kl | the total called the ELBO || r - beta * kl, r, 
 loss | beta * r + kl, r, kl | beta on the wrong term
 loss | r + kl, r, kl | beta left out || r + beta * kl, r, beta * kl | kl returned with its weight
 loss | (r + beta * kl) / len(x), r / len(x), kl / len(x) | averaged over the batch
-loss | r / l.numel() + beta * kl, r / l.numel(), kl | recon averaged over the pixels ("beta = 784")
+loss | r / 5 + beta * kl, r / 5, kl | recon averaged over the pixels ("beta = 784")
+loss | r / l.numel() + beta * kl, r / l.numel(), kl | recon averaged over pixels and images
 loss | (r + beta * kl).detach(), r, kl | the gradient is lost
 step | m = loss(beta) / n; m.backward(); s(); return m.item() | no zero_grad
 step | m = loss(beta) / n; z(); m.backward(); return m.item() | nothing is learned
@@ -203,12 +206,12 @@ def test_nothing_hangs_or_crashes_the_check_and_a_line_says_why(tmp_path, monkey
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_projects_own_functions_pass_and_draw(tmp_path, monkeypatch, digits_root):
+def test_the_projects_own_functions_pass_and_draw(tmp_path, monkeypatch):
     load(tmp_path, "print('noise')")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("VAE_DATA_DIR", str(digits_root))
+    monkeypatch.setenv("VAE_DATA_DIR", str(tmp_path))
     monkeypatch.setattr(check, "EPOCHS", 1)
-    monkeypatch.setattr(check, "IMAGES", 1000)
+    monkeypatch.setitem(data.DRAWN, "digits", (draw.draw_digits, 1000, 300))
     lines = run_here(check.main, "answers.py").stdout.splitlines()
     assert [line.split(": ")[1] for line in lines[:11]] == ["passed"] * 11
     mine, reference = re.findall(r"\d+\.\d\d", lines[-1])

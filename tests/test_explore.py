@@ -23,7 +23,7 @@ from ae import Autoencoder
 from vae import VAE, CelebAVAE, ConvVAE
 
 MODELS = {"ae": Autoencoder, "mlp": lambda: VAE(latent_dim=2), "conv": ConvVAE,
-          "celeba": CelebAVAE, "paper": PaperVAE}
+          "celeba": lambda: CelebAVAE(latent_dim=8), "paper": PaperVAE}
 TEMPLATE = (PROJECT / "explore.html").read_text("utf-8")
 FOLDER, CLASS = "<!--<script>", "</script><b>"  # what would swallow, or end, the page's scripts
 NODE = """

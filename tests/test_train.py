@@ -31,12 +31,15 @@ FIGURES = {"training.png", "reconstruction.png", "samples.png", "interpolation.p
 quick = pytest.mark.usefixtures("no_figures")
 
 
-@pytest.fixture
-def figures(monkeypatch):
-    """Of the figures only what they would have been saved as: name -> note."""
-    saved = {}
-    monkeypatch.setattr(viz, "save", lambda figure, path, note: saved.update({path.name: note}))
-    return saved
+@pytest.fixture(scope="module", autouse=True)
+def another(mnist_root, tmp_path_factory):
+    """A run in another process, beside the tests of this file; the last of them looks at it."""
+    home, options = tmp_path_factory.mktemp("another"), ["--latent-dim=2", "--epochs=2"]
+    command = [sys.executable, PROJECT / "train.py", *options, "--data-dir", mnist_root]
+    env = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE) | {"text": True}
+    with subprocess.Popen(command, cwd=home, env=env, **pipes) as process:
+        yield home, process
 
 
 # ----------------------------------------------------------------------- the loop
@@ -158,41 +161,10 @@ def test_a_run_is_the_loop_written_out_by_hand(tmp_path, mnist_root, drawn):
     assert dead.sum() > 50 and torch.equal(found["encoder_fc1.weight"][:, dead], untouched)
 
 
-def test_a_run_leaves_files_and_figures_and_another_repeats_it(tmp_path, mnist_root, monkeypatch):
-    """Bit for bit, in another process, which a notebook's shell tells to draw by a module that is
-    not there; and a second run goes into a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-    options = ["--latent-dim", 2, "--data-dir", mnist_root, "--epochs", 2]
-    with monkeypatch.context() as patch:
-        patch.setenv("MPLBACKEND", "module://matplotlib_inline.backend_inline")
-        result = run_script("train.py", *options, cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    output, folder = result.stdout, Path("runs/mnist-mlp-latent-dim2-epochs2")
-    more = {"traversals.png", "latent_space.png", "manifold.png", "explore.html"}
-    assert {path.name for path in folder.iterdir()} == FILES | FIGURES | more
-    assert f"saved in {folder}" in output and "\r" not in output
-    names = "epoch,beta,train_loss,train_recon,train_kl,test_loss,test_recon,test_kl,seconds"
-    header, *rows = (folder / "history.csv").read_text().splitlines()
-    form = ("epoch {0:2.0f}/2  train loss {2:.2f} (recon {3:.2f}, KL {4:.2f})  "
-            "test loss {5:.2f} (recon {6:.2f}, KL {7:.2f})  {8:.1f} s")
-    told = [form.format(*map(float, row.split(","))) for row in rows]
-    assert header == names and len(rows) == 2
-    assert [line for line in output.splitlines() if line.startswith("epoch")] == told
-    expected = {"model": "mlp", "latent_dim": 2, "notice": "", "train_images": 1000,
-                "test_images": 300, "parameters": 785 * 400 + 401 * 4 + 3 * 400 + 401 * 784}
-    assert json.loads((folder / "config.json").read_text()).items() >= expected.items()
-
-    monkeypatch.setattr(train, "draw_run", lambda *args: None)
-    run_train("--latent-dim", 2, root=mnist_root)
-    run_train("--latent-dim", 2, "--seed", 1, root=mnist_root)
-    same, other = Path(f"{folder}-2"), Path("runs/mnist-mlp-latent-dim2-epochs2-seed1")
-    assert numbers(folder) == numbers(same) and read_history(folder) != read_history(other)
-
-
 @quick
 def test_a_resumed_run_gives_the_numbers_of_an_uninterrupted_one(tmp_path, mnist_root):
     """Though its data and device are named otherwise, and a file is lost between two parts."""
-    options = ["--model", "conv", "--latent-dim", 5, "--beta", 2, "--limit", 300, "--epochs"]
+    options = ["--model", "conv", "--latent-dim", 5, "--beta", 2, "--limit", 150, "--epochs"]
     whole, parts, elsewhere = (tmp_path / name for name in ("whole", "parts", "elsewhere"))
     elsewhere.symlink_to(mnist_root)
     run_train(*options, 3, "--out", whole, root=mnist_root)
@@ -216,7 +188,7 @@ def test_a_cosine_survives_ctrl_c_but_not_another_length(tmp_path, mnist_root, m
         if len(args[-1]) == 2:
             raise KeyboardInterrupt
 
-    save_run, options = train.save_run, ["--lr-schedule", "cosine", "--lr", 0.01, "--epochs", 4]
+    save_run, options = train.save_run, ["--hidden-dim=20", "--lr-schedule=cosine", "--epochs", 4]
     parts = ["--data-dir", mnist_root, "--out", tmp_path / "the parts"]
     run_train("--out", tmp_path / "whole", *options, root=mnist_root)
     with monkeypatch.context() as patch:
@@ -328,7 +300,7 @@ def test_a_run_is_saved_file_by_file_and_each_is_whole(tmp_path, mnist_root, mon
         if len(calls) == full:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    options = ["--data-dir", mnist_root, "--limit", 300, "--epochs", 2, "--out"]
+    options = ["--data-dir", mnist_root, "--hidden-dim=20", "--limit=300", "--epochs=2", "--out"]
     assert run_here(train.main, *options, tmp_path / "whole").returncode == 0
     for full in range(1, 7):
         folder, calls = tmp_path / str(full), []
@@ -346,11 +318,11 @@ def test_a_run_is_saved_file_by_file_and_each_is_whole(tmp_path, mnist_root, mon
 
 @quick
 def test_an_exploding_loss_ends_in_one_line_and_keeps_the_last_good_epoch(tmp_path, mnist_root):
-    run_train("--out", folder := tmp_path / "run", root=mnist_root)
+    run_train("--hidden-dim=20", "--out", folder := tmp_path / "run", root=mnist_root)
     checkpoint, new = torch.load(folder / "checkpoint.pt", weights_only=True), tmp_path / "new"
     checkpoint["model"]["decoder_fc2.bias"][0] = math.inf
     torch.save(checkpoint, folder / "checkpoint.pt")
-    options = ["--data-dir", mnist_root, "--epochs", 3, "--out"]
+    options = ["--data-dir", mnist_root, "--hidden-dim=20", "--epochs=3", "--out"]
     result = run_here(train.main, *options, folder, "--resume")
     assert_user_error(result, str(folder), "epoch 3", "train_recon is", "epochs kept: 2", "--lr")
     assert_user_error(run_here(train.main, *options, new, "--lr", 1e9), "epoch 1", "epochs kept: 0")
@@ -365,7 +337,7 @@ def test_a_fallback_is_said_everywhere(model, drawing, tmp_path, monkeypatch, fi
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(data.IDX_SETS, "mnist", ("raw", ["http://127.0.0.1:9/"], ["0"] * 4))
     monkeypatch.setitem(data.DRAWN, drawing, (data.DRAWN[drawing][0], 40, 20))
-    arguments = ["--data-dir", tmp_path, "--epochs", 1, "--model", model]
+    arguments = ["--data-dir", tmp_path, "--epochs", 1, "--latent-dim", 8, "--model", model]
     assert_user_error(run_here(train.main, *arguments), asked, "download", f"--dataset {drawing}")
     assert not (tmp_path / "runs").exists()
     result = run_here(train.main, *arguments, "--fallback", drawing)
@@ -374,10 +346,10 @@ def test_a_fallback_is_said_everywhere(model, drawing, tmp_path, monkeypatch, fi
     start = f"*** {asked.upper()} IS NOT AVAILABLE: training on the built-in {drawing}"
     assert any(line.startswith(start) for line in lines)
     assert lines[-1] == f"*** REMEMBER: these are the {notice.upper()}. ***"
-    folder = tmp_path / "runs" / f"{drawing}-instead-of-{asked}-{model}-epochs1"
+    folder = tmp_path / "runs" / f"{drawing}-instead-of-{asked}-{model}-latent-dim8-epochs1"
     config = json.loads((folder / "config.json").read_text())
     assert config["dataset"] == drawing and config["notice"] == notice
-    assert figures.keys() > FIGURES and set(figures.values()) == {notice}
+    assert figures.keys() > FIGURES and {note for _, note in figures.values()} == {notice}
 
     # Going on with it under its own name does not launder it.
     again = run_here(train.main, *arguments, "--out", folder, "--resume", "--dataset", drawing)
@@ -416,6 +388,7 @@ def test_faces_from_files_to_figures(tmp_path, monkeypatch, figures):
         path.unlink()
     figures.clear()
     monkeypatch.setattr(viz, "visualize_latent_space_2d", lambda *args: names.append(args[4]))
+    monkeypatch.setattr(viz, "visualize_latent_manifold", lambda *args, **more: None)
     output = run_train("--model", "celeba", "--latent-dim", 2, root=some.parent)
     assert "split by number" in output and "without attributes" in output
     assert names == [("unknown",)] and "samples.png" in figures
@@ -429,7 +402,7 @@ def test_viz_redraws_a_run_and_refuses_what_is_none(tmp_path, mnist_root, monkey
         __reduce__ = lambda self: (exec, ("open('ran', 'w')",))  # noqa: E731
 
     folder = tmp_path / "潜在 空間"
-    run_train("--amp", "--out", folder, root=mnist_root)
+    run_train("--amp", "--hidden-dim", 20, "--out", folder, root=mnist_root)
     figures = {p.name: p.read_bytes() for p in folder.iterdir() if p.name not in FILES}
     assert figures.keys() == FIGURES | {"traversals.png", "explore.html"}
     for name in figures:
@@ -542,19 +515,43 @@ def test_a_users_error_is_one_line_and_a_programmers_is_raised(error, code, line
     assert message.startswith(line) and message.count("\n") == line.count("\n", 0, 1) + bool(line)
 
 
-def test_a_closed_pipe_ends_in_one_line(tmp_path, mnist_root, monkeypatch, capsys):
-    """As head closes it, after the first line; or before all that is printed, at the end."""
-    command = [sys.executable, PROJECT / "train.py", "--limit", "300", "--data-dir", mnist_root]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=tmp_path, **pipes) as process:
-        assert "are of no set known here" in process.stdout.readline()
-        process.stdout.close()
-        message = process.stderr.read()
+@pytest.mark.parametrize("flush", [True, False])
+def test_a_closed_pipe_ends_in_one_line(flush, monkeypatch, capsys):
+    """As head closes it: amid what is printed, or before the rest of it at the end."""
     reader, writer = os.pipe()
     os.close(reader)
     with open(writer, "w") as stdout, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stdout)
         with pytest.raises(SystemExit, match="2"):
-            train.run_cli(lambda: print("the end"))
-    assert process.returncode == 2 and message == capsys.readouterr().err
+            train.run_cli(lambda: print("the end", flush=flush))
+    message = capsys.readouterr().err
     assert message.startswith("error: ") and "Broken pipe" in message and message.count("\n") == 1
+
+
+def test_a_run_leaves_files_and_figures_and_another_repeats_it(another, mnist_root, monkeypatch):
+    """Bit for bit, in another process, which a notebook's shell tells to draw by a module that is
+    not there; and a second run goes into a folder of its own."""
+    home, process = another
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    monkeypatch.chdir(home)
+    folder = Path("runs/mnist-mlp-latent-dim2-epochs2")
+    more = {"traversals.png", "latent_space.png", "manifold.png", "explore.html"}
+    assert {path.name for path in folder.iterdir()} == FILES | FIGURES | more
+    assert f"saved in {folder}" in output and "\r" not in output
+    names = "epoch,beta,train_loss,train_recon,train_kl,test_loss,test_recon,test_kl,seconds"
+    header, *rows = (folder / "history.csv").read_text().splitlines()
+    form = ("epoch {0:2.0f}/2  train loss {2:.2f} (recon {3:.2f}, KL {4:.2f})  "
+            "test loss {5:.2f} (recon {6:.2f}, KL {7:.2f})  {8:.1f} s")
+    told = [form.format(*map(float, row.split(","))) for row in rows]
+    assert header == names and len(rows) == 2
+    assert [line for line in output.splitlines() if line.startswith("epoch")] == told
+    expected = {"model": "mlp", "latent_dim": 2, "notice": "", "train_images": 1000,
+                "test_images": 300, "parameters": 785 * 400 + 401 * 4 + 3 * 400 + 401 * 784}
+    assert json.loads((folder / "config.json").read_text()).items() >= expected.items()
+
+    monkeypatch.setattr(train, "draw_run", lambda *args: None)
+    run_train("--latent-dim", 2, root=mnist_root)
+    run_train("--latent-dim", 2, "--seed", 1, root=mnist_root)
+    same, other = Path(f"{folder}-2"), Path("runs/mnist-mlp-latent-dim2-epochs2-seed1")
+    assert numbers(folder) == numbers(same) and read_history(folder) != read_history(other)

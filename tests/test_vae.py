@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from torch.testing import assert_close
 
 from ae import Autoencoder
-from vae import VAE, CelebAVAE, ConvVAE, VAEEncoder, bce_from_logits, kl_divergence_gaussian
+from vae import VAE, CelebAVAE, ConvVAE, bce_from_logits, kl_divergence_gaussian
 from vae import reparameterize, squared_error, vae_loss
 
 MODELS = [VAE, ConvVAE, CelebAVAE]
@@ -81,19 +81,7 @@ def test_samples_have_the_stated_mean_and_standard_deviation(mu, logvar):
     assert abs(torch.corrcoef(torch.stack([z[:-1, 0], z[1:, 0]]))[0, 1]) <= 5 / n**0.5
 
 
-@given(floats(-2, 2, 64), floats(-2, 2, 64))
-def test_gradients_of_an_expectation_equal_their_analytic_values(mu, logvar):
-    """E[z^2] = mu^2 + sigma^2, so d/dmu = 2 mu and d/dsigma = 2 sigma."""
-    n = 20_000
-    mus = torch.full((n, 1), mu, dtype=torch.float64, requires_grad=True)
-    sigmas = torch.full((n, 1), math.exp(0.5 * logvar), dtype=torch.float64, requires_grad=True)
-    z = reparameterize(mus, 2 * sigmas.log())
-    z.pow(2).sum().backward()
-    for gradient, expected in ((mus.grad, 2 * mu), (sigmas.grad, 2 * math.exp(0.5 * logvar))):
-        assert abs(gradient.mean() - expected) <= 5 * gradient.std() / n**0.5
-
-
-@given(tensors((-3, 3), (-4, 4), dtype=np.float64))
+@given(tensors((-3, 3), (-4, 4), shape=st.tuples(*[st.integers(1, 3)] * 2), dtype=np.float64))
 def test_gradients_equal_finite_differences_at_fixed_noise_which_is_fresh_in_every_call(pair):
     def at_fixed_noise(mu, logvar):
         torch.manual_seed(7)
@@ -116,9 +104,6 @@ def test_bce_is_that_of_torch_and_its_gradient_sigmoid_minus_x(pair):
     assert_close(ours, theirs, rtol=1e-5, atol=1e-4)
     ours.sum().backward()
     assert_close(logits.grad, torch.sigmoid(logits.detach()) - x, rtol=0, atol=1e-6)
-    if logits.abs().max() < 5:
-        through_sigmoid = F.binary_cross_entropy(torch.sigmoid(logits), x, reduction="none")
-        assert_close(ours, through_sigmoid.sum(dim=1), rtol=1e-4, atol=1e-4)
 
 
 @given(floats(20, 1e4), st.sampled_from([-1.0, 1.0]), floats(0, 1))
@@ -130,14 +115,6 @@ def test_bce_far_out_has_the_exact_asymptote_and_gradient(size, sign, x):
     expected = (1 - x) * size if sign > 0 else x * size
     assert loss.item() == pytest.approx(expected, rel=1e-6, abs=1e-6 * size)
     assert logits.grad.item() == pytest.approx((1.0 if sign > 0 else 0.0) - x, abs=1e-6)
-
-
-@given(tensors((-8, 8), (-12, 12), dtype=np.float64))
-def test_bce_is_smallest_where_the_sigmoid_of_the_logit_is_x(pair):
-    best, other = pair
-    x = torch.sigmoid(best)
-    assert (bce_from_logits(best, x) <= bce_from_logits(other, x) + 1e-9).all()
-    assert_close(bce_from_logits(best, x), torch.distributions.Bernoulli(x).entropy().sum(dim=1))
 
 
 @given(tensors((-10, 10), (0, 1), dtype=np.float64))
@@ -153,8 +130,8 @@ def test_squared_error_is_a_gaussian_likelihood_up_to_a_constant(pair):
 # ------------------------------------------------------------------------ the loss
 
 
-@given(tensors((-8, 8), (0, 1)), tensors((-3, 3), (-3, 3)), floats(0, 100), st.randoms())
-def test_the_loss_is_recon_plus_beta_kl_summed_over_the_batch(pixels, code, beta, random):
+@given(tensors((-8, 8), (0, 1)), tensors((-3, 3), (-3, 3)), floats(0, 100))
+def test_the_loss_is_recon_plus_beta_kl_summed_over_the_batch(pixels, code, beta):
     batch = min(len(pixels[0]), len(code[0]))
     logits, x, mu, logvar = (t[:batch] for t in (*pixels, *code))
     total, recon, kl = vae_loss(logits, x, mu, logvar, beta)
@@ -162,14 +139,6 @@ def test_the_loss_is_recon_plus_beta_kl_summed_over_the_batch(pixels, code, beta
     assert_close(kl, kl_divergence_gaussian(mu, logvar).sum())
     assert_close(total, recon + beta * kl)
     assert_close(vae_loss(logits, x, mu, logvar)[0], recon + kl)
-
-    order = list(range(batch))
-    random.shuffle(order)
-    shuffled = vae_loss(logits[order], x[order], mu[order], logvar[order], beta)
-    alone = [vae_loss(*(t[i : i + 1] for t in (logits, x, mu, logvar)), beta) for i in order]
-    for part, other, singles in zip((total, recon, kl), shuffled, zip(*alone)):
-        assert_close(part, other, rtol=1e-4, atol=1e-3)
-        assert_close(part, torch.stack(singles).sum(), rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("recon_loss", [bce_from_logits, squared_error])
@@ -186,7 +155,7 @@ def test_flat_logits_and_images_may_meet_but_sizes_must_agree(recon_loss):
 
 
 @pytest.mark.parametrize("architecture", MODELS)
-@settings(max_examples=12)
+@settings(max_examples=4)
 @given(batch=st.integers(1, 9), latent_dim=st.integers(1, 40))
 def test_shapes_ranges_and_the_order_of_what_is_returned(architecture, batch, latent_dim):
     model, x = architecture(latent_dim=latent_dim).eval(), random_images(batch, architecture)
@@ -203,25 +172,13 @@ def test_shapes_ranges_and_the_order_of_what_is_returned(architecture, batch, la
     assert decoded.shape == samples.shape == size
     for images in (decoded, samples):
         assert images.min() >= 0 and images.max() <= 1
-
-
-@settings(max_examples=12)
-@given(st.integers(1, 5), st.sampled_from([(1, 4), (3, 2)]))
-def test_other_image_sizes_and_channels(batch, channels_latents):
-    channels, latent_dim = channels_latents
-    conv = ConvVAE(input_channels=channels, latent_dim=latent_dim)
-    assert conv(torch.rand(batch, channels, 28, 28))[0].shape == (batch, channels, 28, 28)
-    mlp = VAE(input_dim=channels * 30, hidden_dim=8, latent_dim=latent_dim)
-    assert mlp(torch.rand(batch, channels, 5, 6))[0].shape == (batch, channels * 30)
-    assert VAEEncoder(30, 8, latent_dim)(torch.rand(batch, 30))[0].shape == (batch, latent_dim)
+    assert ConvVAE(3, latent_dim)(torch.rand(batch, 3, 28, 28))[0].shape == (batch, 3, 28, 28)
 
 
 @pytest.mark.parametrize("architecture", MODELS)
-@settings(max_examples=12)
-@given(batch=st.integers(1, 5), beta=floats(0, 10))
-def test_model_loss_is_the_vae_loss_of_its_forward_pass(architecture, batch, beta):
-    model, x = architecture(), random_images(batch, architecture)
-    for recon_loss in (bce_from_logits, squared_error):
+def test_model_loss_is_the_vae_loss_of_its_forward_pass(architecture):
+    model, x = architecture(), random_images(3, architecture)
+    for beta, recon_loss in ((0.0, bce_from_logits), (2.5, bce_from_logits), (2.5, squared_error)):
         model.recon_loss = recon_loss
         torch.manual_seed(3)
         loss = model.loss(x, None, beta)
@@ -244,7 +201,7 @@ def test_codes_do_not_depend_on_the_batch_and_a_state_dict_holds_all_of_a_model(
 
 
 @pytest.mark.parametrize("architecture", MODELS)
-@pytest.mark.parametrize("bias", [-1e6, -100.0, 100.0, 1e6])
+@pytest.mark.parametrize("bias", [-1e6, 1e6])
 def test_logvar_is_clamped_so_loss_and_gradients_are_finite_whatever_it_is(architecture, bias):
     model, x = architecture(latent_dim=4), random_images(3, architecture)
     head = model.encoder_fc_logvar if architecture is VAE else model.fc_logvar
@@ -257,16 +214,8 @@ def test_logvar_is_clamped_so_loss_and_gradients_are_finite_whatever_it_is(archi
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
 
 
-@pytest.mark.parametrize("architecture", MODELS)
-def test_gradients_reach_every_parameter(architecture):
-    model = architecture()
-    model.loss(random_images(8, architecture), None)[0].backward()
-    assert all(p.grad.abs().sum() > 0 for p in model.parameters())
-
-
-@pytest.mark.parametrize("architecture", [VAE, ConvVAE])
-def test_overfits_32_images(architecture, drawn):
-    model, x = architecture(), drawn.images[:32] / 255
+def test_overfits_32_images(drawn):
+    model, x = VAE(), drawn.images[:32] / 255
     losses = overfit(model, x, steps=120, beta=0.01)
     # Well below what a decoder can reach that ignores z: the best constant picture.
     constant = torch.logit(x.mean(dim=0, keepdim=True).clamp(1e-6, 1 - 1e-6)).expand(x.shape)
@@ -280,22 +229,3 @@ def test_samples_are_decoded_from_standard_normal_codes(architecture):
     z = model.sample(50_000)
     assert z.mean(dim=0).abs().max() < 0.03 and (z.var(dim=0) - 1).abs().max() < 0.05
     assert (z.pow(4).mean(dim=0) - 3).abs().max() < 0.2  # the fourth moment of a Gaussian
-
-
-def test_decoding_is_deterministic_and_forward_draws():
-    model, x, z = VAE(), random_images(3), torch.randn(3, 20)
-    assert torch.equal(model.decode(z), model.decode(z))
-    assert torch.equal(model.encode(x)[0], model.encode(x)[0])
-    assert not torch.equal(model(x)[0], model(x)[0])
-
-
-def test_batchnorm_normalises_by_the_batch_in_training_and_by_averages_in_evaluation():
-    model, x = CelebAVAE(), random_images(6, CelebAVAE)
-    alone, together = model.encode(x[:1])[0], model.encode(x)[0][:1]
-    assert not torch.allclose(alone, together, rtol=0.01)
-    before = copy.deepcopy(model.state_dict())
-    model.eval()(x)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    model.train()(x)
-    after, name = model.state_dict(), "encoder.1.running_mean"
-    assert not torch.equal(after[name], before[name])

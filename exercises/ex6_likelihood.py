@@ -199,7 +199,7 @@ PAPER = COSINE + "--batch-size 100 --kl-anneal 20 "
 RECIPES = {  # the rows of the table in README.md, section 6: options of train.py
     "vae": PAPER + "--model paper --epochs 800",
     "iwae": PAPER + "--model iwae --epochs 120",
-    "conv": COSINE + "--model conv --latent-dim 64 --batch-size 64 --epochs 170 --amp",
+    "conv": COSINE + "--model conv --latent-dim 64 --batch-size 64 --epochs 240 --amp",
     "mlp": "",  # make train-mnist itself, on grey pixels
     "plane": "--binarize --latent-dim 2",
 }

@@ -77,6 +77,7 @@ def test_samples_have_the_stated_mean_and_standard_deviation(mu, logvar):
     std = math.exp(0.5 * logvar)
     assert (z.mean(dim=0) - mu).abs().max() <= 5 * std / n**0.5 + 1e-6
     assert (z.std(dim=0) - std).abs().max() <= 5 * std / (2 * n) ** 0.5 + 1e-6
+    assert abs((((z - mu) / std) ** 4).mean() - 3) < 0.2  # the fourth moment of a Gaussian
     assert abs(torch.corrcoef(z.T)[0, 1]) <= 5 / n**0.5  # each latent has its own noise
     assert abs(torch.corrcoef(torch.stack([z[:-1, 0], z[1:, 0]]))[0, 1]) <= 5 / n**0.5
 

@@ -193,6 +193,7 @@ def test_codes_do_not_depend_on_the_batch_and_a_state_dict_holds_all_of_a_model(
     model, other = architecture(), architecture()
     x, z = random_images(6, architecture), torch.randn(2, model.latent_dim)
     model(x)  # BatchNorm keeps its averages in the state, too
+    assert all(part.any() for name, part in model.named_buffers() if "mean" in name)
     mu, logvar = model.eval().encode(x)
     assert not torch.equal(mu, other.eval().encode(x)[0])
     for i in range(6):

@@ -308,7 +308,7 @@ def download(i: int, folder: Path) -> None:
     root.mkdir()
     mirrored = (home() / "mirror").iterdir()
     sums = {path.stem: hashlib.sha256(path.read_bytes()).hexdigest() for path in mirrored}
-    kind = [*KINDS, "refusing", "full"][i % (len(KINDS) + 2)]
+    kind = ["full", *KINDS, "refusing"][i % (len(KINDS) + 2)]
     good, bad = f"{address}/good/", NOWHERE if kind == "refusing" else f"{address}/{kind}/"
 
     def load(*mirrors: str, limit: int = resource.RLIM_INFINITY) -> None:
@@ -519,7 +519,7 @@ ATTACKS = {  # how often: in make torture, in make test
     idx_file: (10_000, 300),
     celeba_file: (400, 4),
     decoding: (60, 2),
-    download: (91, 6),
+    download: (91, 7),
     checkpoint: (400, 10),
     kill: (30, 1),
     interrupt: (60, 2),

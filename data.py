@@ -402,7 +402,7 @@ class Pictures:
         except Exception as error:  # Pillow has many kinds for the many ways to be broken
             if isinstance(error, MemoryError) or getattr(error, "errno", None):
                 raise  # that is not the picture's fault
-            what = f"{self.source}: {name} is broken ({error})"
+            what = f"{self.source}: {name} is broken ({re.sub(' <.*>', '', str(error))})"
             if self.strict:
                 raise UserError(f"{what}: fetch it again, or delete it") from error
             show_status("")

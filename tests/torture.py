@@ -1,4 +1,4 @@
-"""Attacks on what a run stands on: its files, the network, its life (make torture; 8 minutes).
+"""Attacks on what a run stands on: its files, the network, its life (make torture; 6 minutes).
 
 Every attack is a function of a number, from which its chances are drawn, and of an empty folder;
 it raises if anything was lost that must not be. The table shows what it stands for. `make test`

@@ -418,7 +418,7 @@ def test_the_answers_quote_the_likelihoods_that_were_measured():
         for name, gap in row["gaps"].items():
             numbers += [gap, row["gap_errors"][name]]
         assert re.findall(r"\d+\.\d\d", line) == [f"{number:.2f}" for number in numbers]
-        assert f"| {row['epochs']}, {row['minutes']:.2g} |" in line
+        assert f"| {row['epochs']}, {row['minutes']:.{row['minutes'] < 1:d}f} |" in line
         assert f"| {row['active_units']} of {row['latent_dim']} |" in line
         config = train.parse_args(ex6_likelihood.RECIPES[row["recipe"]].split())
         assert row["epochs"] == config.epochs and row["num_samples"] == 5000

@@ -342,15 +342,14 @@ def test_the_figure_shows_the_posterior_and_the_identity(tmp_path, monkeypatch):
     z = torch.tensor([[1.5, -0.5], [-1.0, 1.0]])
     x = torch.bernoulli(model.decode(z)).view(2, 1, 28, 28)
     figures = []
-    monkeypatch.setattr(ex6, "save", lambda *args: figures.append(args))
+    monkeypatch.setattr(ex6, "save", lambda *args: figures.append(args) or viz.save(*args))
     monkeypatch.setattr(ex6, "optimise", lambda *args: optimise(*args, steps=100))
     ex6.visualize_posterior(model, x, tmp_path / "posterior.png", "a note")
-    (figure, path, note), = figures
-    assert (path, note) == (tmp_path / "posterior.png", "a note")
+    (figure, _, note), = figures
+    assert note == "a note" and (tmp_path / "posterior.png").stat().st_size > 20_000
     line = torch.linspace(-6, 6, 101)  # every fifth of the figure's 501
     for above, below, image in zip(figure.axes[:2], figure.axes[2:], x, strict=True):
         assert torch.equal(torch.tensor(above.images[0].get_array()), image[0])
-        below.xaxis.get_tightbbox()  # matplotlib can read its label
         numbers = [float(n) for n in re.findall(r"-?\d+\.\d\d", below.get_xlabel())]
         elbo, kl, total, log_p_x, l_5, l_50, l_5000, least = numbers
         assert elbo + kl == pytest.approx(total, abs=0.02)

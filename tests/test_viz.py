@@ -38,7 +38,7 @@ class Known(torch.nn.Module):
 
 
 @pytest.fixture
-def figures(monkeypatch):
+def saved(monkeypatch):
     """The figures that are saved."""
     found, save = [], viz.save
     monkeypatch.setattr(viz, "save", lambda *args: found.append(args[0]) or save(*args))
@@ -93,7 +93,7 @@ def test_interpolation_has_its_ends_exactly_and_is_linear(latent_dim, steps):
     assert_close(differences, differences[:1].expand_as(differences))
 
 
-def test_the_manifold_has_equal_steps_in_probability_right_and_up(tmp_path, figures):
+def test_the_manifold_has_equal_steps_in_probability_right_and_up(tmp_path, saved):
     """Of pictures as bright as the probability below z_1, plus that below z_2."""
     model, below = Known(), torch.special.ndtr
     model.decode = lambda z: (below(z) @ torch.tensor([[0.25], [0.75]])).expand(-1, 9)
@@ -102,16 +102,16 @@ def test_the_manifold_has_equal_steps_in_probability_right_and_up(tmp_path, figu
     middles = (torch.arange(5) + 0.5) / 5
     assert_same(picture, 0.25 * middles + 0.75 * middles.flip(0)[:, None])
     # the standard normal's quantiles of 10, 30, ... 90 %
-    assert labels(figures[0]) == [["z2=1.3", "0.5", "0.0", "-0.5", "-1.3"],
+    assert labels(saved[0]) == [["z2=1.3", "0.5", "0.0", "-0.5", "-1.3"],
                                   ["z1=-1.3", "-0.5", "0.0", "0.5", "1.3"]]
 
 
-def test_traversals_are_ordered_by_kl_and_move_one_latent_at_a_time(tmp_path, drawn, figures):
+def test_traversals_are_ordered_by_kl_and_move_one_latent_at_a_time(tmp_path, drawn, saved):
     model = Known(3, (1, 28, 28), [0.5, 2.0, 0.0], torch.sigmoid)
     loader = Batches(drawn.images[:50], drawn.labels[:50], 20)
     viz.visualize_traversals(model, loader, "cpu", tmp_path / "t.png", num_steps=5)
     z, mu = model.z[0].view(3, 5, 3), model.encode(torch.zeros(1, 1))[0][0]
-    assert labels(figures[0]) == [["z2: 2.00 nats", "z1: 0.50 nats", "z3: 0.00 nats"],
+    assert labels(saved[0]) == [["z2: 2.00 nats", "z1: 0.50 nats", "z3: 0.00 nats"],
                                   ["-2.5", "-1.2", "0.0", "1.2", "2.5"]]
     for row, moved in enumerate([1, 0, 2]):
         assert_close(z[row, :, moved], torch.linspace(-2.5, 2.5, 5))
@@ -125,7 +125,7 @@ def test_traversals_are_ordered_by_kl_and_move_one_latent_at_a_time(tmp_path, dr
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_reconstructions_and_interpolations_show_the_inputs(tmp_path, channels, figures):
+def test_reconstructions_and_interpolations_show_the_inputs(tmp_path, channels, saved):
     images = torch.randint(256, (6, channels, 28, 28), dtype=torch.uint8)
     loader, x = Batches(images, torch.arange(6), 6), images / 255
     model = Known(2, (channels, 28, 28), output=torch.sigmoid)
@@ -136,18 +136,18 @@ def test_reconstructions_and_interpolations_show_the_inputs(tmp_path, channels, 
     shown = read_tiles(tmp_path / "i.png", 2, 6, 28, 3)
     assert_same(shown[[0, 5, 6, 11]], x[:4])  # at the ends of the rows
     assert_same(shown[[1, 4, 7, 10]], decoded[:4])
-    assert labels(figures[0])[0] == ["input", "decoded"]
-    assert labels(figures[1])[1] == ["input", "0.00", "0.33", "0.67", "1.00", "input"]
+    assert labels(saved[0])[0] == ["input", "decoded"]
+    assert labels(saved[1])[1] == ["input", "0.00", "0.33", "0.67", "1.00", "input"]
 
 
-def test_the_scatter_shows_every_class_at_its_codes_in_its_own_colour(tmp_path, figures):
+def test_the_scatter_shows_every_class_at_its_codes_in_its_own_colour(tmp_path, saved):
     classes, model = torch.arange(10).repeat(30), Known()
     codes = torch.stack([classes, -classes], dim=1) + 0.1 * torch.rand(300, 2)
     model.encode = lambda x: x  # a code and no logvar, as an autoencoder's
     loader = list(zip(codes.split(150), classes.split(150)))
     names = [f"name {c}" for c in range(10)]
     viz.visualize_latent_space_2d(model, loader, "cpu", tmp_path / "s.png", names)
-    (axes,) = figures[0].axes
+    (axes,) = saved[0].axes
     for c, points in enumerate(axes.collections):
         np.testing.assert_allclose(points.get_offsets(), codes[classes == c], rtol=1e-6)
         assert points.get_label() == names[c]
@@ -159,7 +159,7 @@ def test_the_scatter_shows_every_class_at_its_codes_in_its_own_colour(tmp_path, 
     assert Image.open(tmp_path / "s.png").size[0] > 800
 
 
-def test_attributes_are_added_and_taken_away_along_the_difference_of_means(tmp_path, figures):
+def test_attributes_are_added_and_taken_away_along_the_difference_of_means(tmp_path, saved):
     """Codes are the first pixels: an attribute that is the second, one that is the third."""
     images = torch.randint(100, (40, 3, 4, 4), dtype=torch.uint8)
     flat = images.view(40, -1)
@@ -170,7 +170,7 @@ def test_attributes_are_added_and_taken_away_along_the_difference_of_means(tmp_p
     some = torch.rand(40).sort().values  # the first that is above the mean is in a later batch
     attributes = {"even": even.to(torch.uint8), "real": some}
     viz.visualize_attributes(model, loader, "cpu", tmp_path / "a.png", attributes)
-    rows, columns = labels(figures[0])
+    rows, columns = labels(saved[0])
     assert rows == ["even", "real"]
     assert columns == ["input", "+0", "+0.5", "+1", "+1.5", "+2",
                        "input", "-0", "-0.5", "-1", "-1.5", "-2"]
@@ -213,19 +213,19 @@ def test_samples_are_what_the_model_draws(tmp_path):
     assert viz.as_images(torch.rand(2, 3 * 25)).shape == (2, 3, 5, 5)  # flat colour images
 
 
-def test_training_curves_are_those_of_the_history(tmp_path, figures):
+def test_training_curves_are_those_of_the_history(tmp_path, saved):
     terms = [f"{split}_{term}" for term in ("loss", "recon", "kl") for split in ("train", "test")]
     history = [{"epoch": e, **{t: 10.0 * e + i for i, t in enumerate(terms)}} for e in (1, 2, 3)]
     viz.visualize_training(history, tmp_path / "t.png", unit="nats")
-    lines = [line for axes in figures[0].axes for line in axes.lines]
+    lines = [line for axes in saved[0].axes for line in axes.lines]
     assert [line.get_label() for line in lines] == ["train", "test"] * 3
     for line, term in zip(lines, terms):
         assert line.get_xdata().tolist() == [1, 2, 3]
         assert line.get_ydata().tolist() == [row[term] for row in history]
     history = [row | {"train_kl": 0.0, "test_kl": 0.0} for row in history]  # an autoencoder's
     viz.visualize_training(history, tmp_path / "t.png")
-    assert [axes.get_title() for axes in figures[1].axes] == ["loss"]
-    assert figures[0].axes[0].get_ylabel() == "nats" and (tmp_path / "t.png").stat().st_size > 5000
+    assert [axes.get_title() for axes in saved[1].axes] == ["loss"]
+    assert saved[0].axes[0].get_ylabel() == "nats" and (tmp_path / "t.png").stat().st_size > 5000
 
 
 def test_a_note_is_printed_on_the_figure(tmp_path):

@@ -1,9 +1,8 @@
 """The autoencoder (chapter 2.1).
 
-An autoencoder squeezes an image through a small code and learns to undo it. Nothing
-tells it where in the latent space the codes should lie, so nobody can say which
-codes to decode for a new image. A VAE is told: near N(0, I). Exercise 0 trains
-both and looks at the difference: make ae
+An autoencoder squeezes an image through a small code and learns to undo it. Nothing tells it where
+in the latent space the codes should lie, so nobody can say which codes to decode for a new image.
+A VAE is told: near N(0, I). Exercise 0 trains both and looks at the difference: make ae
 """
 
 import torch
@@ -15,10 +14,8 @@ from vae import of_size
 
 
 class Autoencoder(nn.Module):
-    """The deterministic autoencoder: 784 -> 400 -> 20 -> 400 -> 784.
-
-    Takes images of any shape with input_dim values, returns them flat.
-    """
+    """The deterministic autoencoder: 784 -> 400 -> 20 -> 400 -> 784. It takes images of any shape
+    with input_dim values, and returns them flat."""
 
     def __init__(self, input_dim: int = 784, hidden_dim: int = 400, latent_dim: int = 20):
         super().__init__()
@@ -46,13 +43,9 @@ class Autoencoder(nn.Module):
         z = self.encode(x)
         return self.decode(z), z
 
-    def loss(
-        self, images: Tensor, labels: Tensor, beta: float = 1.0
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """(total, recon, 0): the squared error ||x - x'||^2, summed over the batch.
-
-        There is no KL, so neither beta nor the labels are used.
-        """
+    def loss(self, images: Tensor, labels: Tensor, beta: float = 1.0) -> tuple[Tensor, ...]:
+        """(total, recon, 0): the squared error ||x - x'||^2, summed over the batch. There is no KL,
+        so neither beta nor the labels are used."""
         x_recon, _ = self(images)
         recon = (images.flatten(1) - x_recon).pow(2).sum()
         return recon, recon, torch.zeros_like(recon)

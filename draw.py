@@ -15,8 +15,8 @@ from torch import Tensor
 
 # ------------------------------------------------------------------- the drawn digits
 
-# How each digit may be written, as pen strokes. A stroke is a list of points "x y"
-# in a box of 100 x 100, y downwards, joined by a smooth curve; "/" lifts the pen.
+# How each digit may be written, as pen strokes. A stroke is a list of points "x y" in a box of
+# 100 x 100, y downwards, joined by a smooth curve; "/" lifts the pen.
 GLYPHS = [
     ["56 3, 36 7, 21 28, 18 58, 30 88, 52 98, 73 86, 82 54, 77 22, 60 4, 46 4",
      "64 8, 46 2, 26 22, 18 56, 32 92, 58 96, 80 64, 76 22, 56 3, 42 10"],
@@ -81,9 +81,8 @@ def draw_digits(n: int, seed: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     return images, labels, factors
 
 
-def draw_glyph(
-    strokes: list[Tensor], style: dict[str, Tensor], generator: torch.Generator
-) -> Tensor:
+def draw_glyph(strokes: list[Tensor], style: dict[str, Tensor],
+               generator: torch.Generator) -> Tensor:
     """Draw one glyph in m styles: (m, 28, 28), uint8. strokes: (points, 2) each, in [-0.5, 0.5];
     style: the factors, (m,) each."""
     style = {name: values[:, None] for name, values in style.items()}
@@ -174,25 +173,20 @@ def draw_faces(n: int, seed: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
 
 def face_factors(n: int, seed: int) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    factors = {
-        name: low + (high - low) * torch.rand(n, generator=generator)
-        for name, (low, high) in FACE_FACTORS.items()
-    }
+    factors = {name: low + (high - low) * torch.rand(n, generator=generator)
+               for name, (low, high) in FACE_FACTORS.items()}
     factors["beard"].clamp_(min=0)
     return factors | {"glasses": (torch.rand(n, generator=generator) < 0.3).float()}
 
 
-def paint_faces(
-    factors: dict[str, Tensor], width: int = 64, height: int = 64, side: float = 64
-) -> Tensor:
+def paint_faces(factors: dict[str, Tensor], width: int = 64, height: int = 64,
+                side: float = 64) -> Tensor:
     """Paint m faces, one soft shape over the other: (m, 3, height, width), uint8. factors: (m,)
     each; side: the centre square that holds a face, in pixels. The edge of a shape is one pixel
     wide, so a small change of a factor is a small change of the image."""
     m, unit = len(factors["skin"]), side * 35 / 64
-    colour = {
-        name: mix_colours(factors[name], colours)[:, :, None, None]
-        for name, colours in FACE_COLOURS.items()
-    }
+    colour = {name: mix_colours(factors[name], colours)[:, :, None, None]
+              for name, colours in FACE_COLOURS.items()}
     f = {name: values.view(m, 1, 1, 1) for name, values in factors.items()}
     x = ((torch.arange(width) + 0.5 - width / 2) / unit).view(1, 1, 1, width)
     y = ((torch.arange(height) + 0.5 - height / 2) / unit).view(1, 1, height, 1) + 0.04

@@ -8,14 +8,13 @@ The functions take a model that is already trained, and the path of the PNG to w
 """
 
 import copy
-import importlib.util
 import itertools
 import json
 import math
 import os
-import warnings
 from base64 import b64encode
 from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +28,7 @@ from vae import LOGVAR_RANGE, kl_divergence_gaussian
 
 # A notebook tells what is started in its shell to draw by a module of its own, without which
 # matplotlib cannot even be imported.
-backend = os.environ.get("MPLBACKEND", "").removeprefix("module://").split(".")[0]
-if backend == "matplotlib_inline" and importlib.util.find_spec(backend) is None:
+if "matplotlib_inline" in os.environ.get("MPLBACKEND", "") and not find_spec("matplotlib_inline"):
     del os.environ["MPLBACKEND"]
 
 import matplotlib  # noqa: E402
@@ -45,7 +43,6 @@ ATTRIBUTES = {
 }
 DPI = 150
 matplotlib.rcParams["font.size"] = 8
-warnings.filterwarnings("ignore", "Glyph")  # the name of a folder may have letters without one
 
 
 # ------------------------------------------------------------------ shared pieces
@@ -69,9 +66,8 @@ def mean_codes(model: nn.Module, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode_all(
-    model: nn.Module, loader: Iterable, device: torch.device | str
-) -> tuple[Tensor, Tensor, Tensor]:
+def encode_all(model: nn.Module, loader: Iterable,
+               device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
     """q(z|x) of every image: mu and logvar, (n, latent_dim), and the labels, on the CPU. Of a model
     without a logvar, the codes and the labels."""
     model.eval()
@@ -101,10 +97,8 @@ def tile(images: Tensor, columns: int, gap: int = 2) -> np.ndarray:
     return picture.permute(1, 2, 0).numpy()
 
 
-def save_tiles(
-    images: Tensor, columns: int, path: str | Path, note: str = "", row_labels: Sequence[str] = (),
-    column_labels: Sequence[str] = (), gap: int = 2, scale: int | None = None
-) -> None:
+def save_tiles(images: Tensor, columns: int, path, note: str = "", row_labels: Sequence = (),
+               column_labels: Sequence = (), gap: int = 2, scale: int | None = None) -> None:
     """Save a grid of images, each pixel as scale x scale pixels, labels outside it. By default, an
     image is about 84 pixels high."""
     picture = tile(images, columns, gap)
@@ -137,9 +131,8 @@ def save(figure: Figure, path: str | Path, note: str = "") -> None:
 
 
 @torch.no_grad()
-def visualize_reconstruction(
-    model: nn.Module, test_loader: Iterable, device, path, num_samples: int = 10, note: str = ""
-) -> None:
+def visualize_reconstruction(model: nn.Module, test_loader: Iterable, device, path,
+                             num_samples: int = 10, note: str = "") -> None:
     """Test images above their reconstructions, decoded from the mean of q(z|x)."""
     model.eval()
     images = next(iter(test_loader))[0][:num_samples].to(device)
@@ -148,18 +141,16 @@ def visualize_reconstruction(
 
 
 @torch.no_grad()
-def visualize_samples(
-    model: nn.Module, device, path, num_samples: int = 16, note: str = ""
-) -> None:
+def visualize_samples(model: nn.Module, device, path, num_samples: int = 16,
+                      note: str = "") -> None:
     """Decoded draws from the prior: what the model has learned to imagine."""
     model.eval()
     columns = math.ceil(num_samples**0.5)
     save_tiles(model.sample(num_samples, device), columns, path, note)
 
 
-def visualize_training(
-    history: list[dict], path, unit: str = "nats per image", note: str = ""
-) -> None:
+def visualize_training(history: list[dict], path, unit: str = "nats per image",
+                       note: str = "") -> None:
     """Loss, reconstruction and KL of every epoch, training and test, in the given unit. Of an
     autoencoder, which has no KL, the loss alone: recon is the same."""
     epochs = [row["epoch"] for row in history]
@@ -181,10 +172,8 @@ def visualize_training(
 
 
 @torch.no_grad()
-def visualize_latent_space_2d(
-    model: nn.Module, test_loader: Iterable, device, path,
-    class_names: Sequence[str] = tuple("0123456789"), note: str = ""
-) -> None:
+def visualize_latent_space_2d(model: nn.Module, test_loader: Iterable, device, path,
+                              class_names: Sequence = tuple("0123456789"), note: str = "") -> None:
     """Every test image at its code, coloured by its class; for latent_dim = 2. The circles hold
     50 % and 95 % of the prior N(0, I)."""
     z, *_, labels = (part.numpy() for part in encode_all(model, test_loader, device))
@@ -206,9 +195,8 @@ def visualize_latent_space_2d(
 
 
 @torch.no_grad()
-def interpolate_latent_space(
-    model: nn.Module, z_start: Tensor, z_end: Tensor, num_steps: int = 10
-) -> Tensor:
+def interpolate_latent_space(model: nn.Module, z_start: Tensor, z_end: Tensor,
+                             num_steps: int = 10) -> Tensor:
     """Decode num_steps points on the straight line from z_start to z_end, (latent_dim,) each, both
     included. Returns (num_steps, channels, height, width)."""
     model.eval()
@@ -217,10 +205,8 @@ def interpolate_latent_space(
 
 
 @torch.no_grad()
-def visualize_interpolation(
-    model: nn.Module, test_loader: Iterable, device, path, num_pairs: int = 3, num_steps: int = 10,
-    note: str = ""
-) -> None:
+def visualize_interpolation(model: nn.Module, test_loader: Iterable, device, path,
+                            num_pairs: int = 3, num_steps: int = 10, note: str = "") -> None:
     """Between the codes of two test images, which stand at the ends of each row."""
     model.eval()
     images = next(iter(test_loader))[0][: 2 * num_pairs].to(device)
@@ -235,9 +221,8 @@ def visualize_interpolation(
 
 
 @torch.no_grad()
-def visualize_latent_manifold(
-    model: nn.Module, device, path, n: int = 20, digit_size: int = 28, note: str = ""
-) -> None:
+def visualize_latent_manifold(model: nn.Module, device, path, n: int = 20, digit_size: int = 28,
+                              note: str = "") -> None:
     """An n x n grid over a 2-D latent space, decoded: z_1 to the right, z_2 upwards. The steps are
     equal in probability (through the inverse of the normal CDF), so every picture stands for 1/n^2
     of the prior. Equal steps in z would spend most pictures where there is little of it."""
@@ -252,15 +237,11 @@ def visualize_latent_manifold(
 
 
 @torch.no_grad()
-def visualize_traversals(
-    model: nn.Module, test_loader: Iterable, device, path, num_dims: int = 10, num_steps: int = 11,
-    note: str = ""
-) -> None:
-    """Move one latent at a time, the others at the code of the first test image.
-
-    A row a latent, ordered by KL (nats, mean over the test set): the num_dims - 1 with the largest,
-    and the one with the smallest. Where that is near 0, the decoder does not use the latent.
-    """
+def visualize_traversals(model: nn.Module, test_loader: Iterable, device, path, num_dims: int = 10,
+                         num_steps: int = 11, note: str = "") -> None:
+    """Move one latent at a time, the others at the code of the first test image. A row a latent,
+    ordered by KL (nats, mean over the test set): the num_dims - 1 with the largest, and the one
+    with the smallest. Where that is near 0, the decoder does not use the latent."""
     mu, logvar, _ = encode_all(model, test_loader, device)
     kl = kl_per_latent(mu, logvar)
     order = kl.argsort(descending=True).tolist()
@@ -275,10 +256,8 @@ def visualize_traversals(
 
 
 @torch.no_grad()
-def visualize_attributes(
-    model: nn.Module, test_loader: Iterable, device, path, attributes: dict[str, Tensor],
-    note: str = ""
-) -> None:
+def visualize_attributes(model: nn.Module, test_loader: Iterable, device, path,
+                         attributes: dict[str, Tensor], note: str = "") -> None:
     """Add each attribute to a test face without it, and take it from one that has it.
 
     attributes: name -> (n,), a value for every image of test_loader. An image has the attribute
@@ -364,10 +343,8 @@ def loss_unit(config: dict) -> str:
     return "nats per image" if bce else f"squared error per image{'' if ae else ', KL in nats'}"
 
 
-def draw_run(
-    folder: str | Path, model: nn.Module, config: dict, history: list[dict], loader: Iterable,
-    factors: dict[str, Tensor]
-) -> None:
+def draw_run(folder: str | Path, model: nn.Module, config: dict, history: list[dict],
+             loader: Iterable, factors: dict[str, Tensor]) -> None:
     """Draw into folder every figure that applies to the run. loader: its test images; factors: what
     is known about them, name -> (n,)."""
     folder, device, note = Path(folder), next(model.parameters()).device, config["notice"]
@@ -379,14 +356,12 @@ def draw_run(
         visualize_interpolation(model, loader, device, folder / "interpolation.png", note=note)
     if config["model"] != "ae":  # it has no KL to order its latents by
         visualize_traversals(model, loader, device, folder / "traversals.png", note=note)
-    names = [name for name in ATTRIBUTES.get(config["dataset"], ()) if name in factors]
-    attributes = {name: factors[name] for name in names if len(factors[name].unique()) > 1}
+    attributes = {name: factors[name] for name in ATTRIBUTES.get(config["dataset"], ())
+                  if name in factors and len(factors[name].unique()) > 1}
     if attributes:
         visualize_attributes(model, loader, device, folder / "attributes.png", attributes, note)
     if config["latent_dim"] == 2:
         names = CLASS_NAMES.get(config["dataset"], ["pictures"])
-        if config["dataset"] == "celeba" and "Smiling" not in factors:
-            names = ("unknown",)  # there is no list of attributes
         visualize_latent_space_2d(model, loader, device, folder / "latent_space.png", names, note)
         path, side = folder / "manifold.png", next(iter(loader))[0].shape[-1]
         visualize_latent_manifold(model, device, path, digit_size=side, note=note)

@@ -21,12 +21,10 @@ import hashlib
 import http.client
 import inspect
 import io
-import math
+import itertools
 import os
 import re
-import shutil
 import sys
-import tempfile
 import urllib.request
 import zipfile
 import zlib
@@ -69,10 +67,8 @@ class Batches:
     its rank on; in a shuffled pass all shares are equal, up to world_size - 1 images left out.
     """
 
-    def __init__(
-        self, images: Tensor, labels: Tensor, batch_size: int, shuffle: bool = False,
-        binarize: bool = False, rank: int = 0, world_size: int = 1
-    ):
+    def __init__(self, images: Tensor, labels: Tensor, batch_size: int, shuffle: bool = False,
+                 binarize: bool = False, rank: int = 0, world_size: int = 1):
         if images.dtype != torch.uint8:  # so no image can hold a NaN
             raise TypeError(f"images must be uint8, 0 to 255, and are {images.dtype}")
         self.images, self.labels = images, labels
@@ -81,7 +77,7 @@ class Batches:
         self.count = len(images) - (len(images) % world_size if shuffle else 0)
 
     def __len__(self) -> int:
-        return math.ceil(self.count / self.batch_size)
+        return -(-self.count // self.batch_size)  # rounded up
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         # Drawn on the CPU, so that a seed means one order on every device.
@@ -106,8 +102,9 @@ def binarize_once(images: Tensor, seed: int = 0) -> Tensor:
 # ------------------------------------------------------------------- files, in general
 
 
-def sha256(content: bytes | np.ndarray) -> str:
-    return hashlib.sha256(content).hexdigest()
+def checksum(content: bytes | np.ndarray) -> str:
+    """The first 20 digits, 80 bits, of the SHA-256."""
+    return hashlib.sha256(content).hexdigest()[:20]
 
 
 @contextlib.contextmanager
@@ -128,62 +125,52 @@ def write_atomically(path: str | Path) -> Iterator[BinaryIO]:
         temporary.unlink(missing_ok=True)
 
 
-def made_once(
-    path: Path, made_from: str, write: Callable[[BinaryIO], None], read: Callable[[Path], Any]
-) -> Any:
+def made_once(path: Path, made_from: str, write: Callable[[BinaryIO], None],
+              read: Callable[[Path], Any]) -> Any:
     """What read(path) finds in a file that write(file) writes if it is not there: at this path or,
     if its folder is read-only, in PROJECT_DATA. It ends with a checksum of what it is made from."""
-    checksum, paths = sha256(made_from.encode()).encode(), (path, PROJECT_DATA / path.name)
+    mark, paths = checksum(made_from.encode()).encode(), (path, PROJECT_DATA / path.name)
     for path in paths:
         with contextlib.suppress(Exception):  # what is damaged is made anew, however damaged
-            if np.memmap(path, mode="r")[-64:].tobytes() == checksum:
-                return read(path)
-    for path in paths:
-        with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=path.parent).close()
-            break
-    else:
-        raise UserError(f"{path.parent}: cannot be written; name another place with --data-dir")
+            if np.memmap(path, mode="r")[-20:].tobytes() == mark:
+                return read(path)
+    path = next((path for path in paths if os.access(path.parent, os.W_OK)), None)
+    if path is None:
+        raise UserError(f"{paths[0].parent}: cannot be written; name another place with --data-dir")
     with write_atomically(path) as file:
         write(file)
-        file.write(checksum)
+        file.write(mark)
     return read(path)
 
 
 def show_status(line: str) -> None:
     """Put a line in the place of the last one on a terminal; elsewhere, say nothing."""
     if sys.stdout.isatty():
-        print(f"\r\033[K{line[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
+        print(f"\r\033[K{line}", end="", flush=True)
 
 
 # ------------------------------------------------------ MNIST and its relatives: IDX files
 
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte",
              "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-# Where torchvision keeps a set, its mirrors, and the SHA-256 of its four .gz files; of MNIST's two
-# files of labels also that of the labels themselves, however they are stored.
+# Where torchvision keeps a set, its mirrors, and the checksums of its four .gz files; of MNIST also
+# those of the labels by themselves, however they are stored.
 IDX_SETS = {
-    "mnist": ("MNIST/raw", ("https://ossci-datasets.s3.amazonaws.com/mnist/",
-                            "https://storage.googleapis.com/cvdf-datasets/mnist/"), (
-        "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
-        "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
-        "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
-        "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
-        "1feba77c54802fa5339a11837ea4b2866434b83314ec45192930f1df69120c13",
-        "ddeff807876a9661a1110d45c266c86239a3a1b7d37da0c3716a7a683c852ff5")),
-    "fashion-mnist": ("FashionMNIST/raw", (
-        "https://storage.googleapis.com/tensorflow/tf-keras-datasets/",
-        "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"), (
-        "3aede38d61863908ad78613f6a32ed271626dd12800ba2636569512369268a84",
-        "a04f17134ac03560a47e3764e11b92fc97de4d1bfaf8ba1a3aa29af54cc90845",
-        "346e55b948d973a97e58d2351dde16a484bd415d4595297633bb08f03db6a073",
-        "67da17c76eaffca5446c3361aaab5c3cd6d1c2608764d35dfb1850b086bf8dd5")),
-    "kmnist": ("KMNIST/raw", ("https://codh.rois.ac.jp/kmnist/dataset/kmnist/",), (
-        "51467d22d8cc72929e2a028a0428f2086b092bb31cfb79c69cc0a90ce135fde4",
-        "e38f9ebcd0f3ebcdec7fc8eabdcdaef93bb0df8ea12bee65224341c8183d8e17",
-        "edd7a857845ad6bb1d0ba43fe7e794d164fe2dce499a1694695a792adfac43c5",
-        "20bb9a0ef54c7db3efc55a92eef5582c109615df22683c380526788f98e42a1c")),
+    "mnist": (
+        "MNIST/raw",
+        ("https://ossci-datasets.s3.amazonaws.com/mnist/",
+         "https://storage.googleapis.com/cvdf-datasets/mnist/"),
+        "440fcabf73cc546fa214 3552534a0a558bbed6ae 8d422c7b0a1c1c79245a f7ae60f92e00ec6debd2 "
+        "1feba77c54802fa5339a ddeff807876a9661a111"),
+    "fashion-mnist": (
+        "FashionMNIST/raw",
+        ("https://storage.googleapis.com/tensorflow/tf-keras-datasets/",
+         "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"),
+        "3aede38d61863908ad78 a04f17134ac03560a47e 346e55b948d973a97e58 67da17c76eaffca5446c"),
+    "kmnist": (
+        "KMNIST/raw", ("https://codh.rois.ac.jp/kmnist/dataset/kmnist/",),
+        "51467d22d8cc72929e2a e38f9ebcd0f3ebcdec7f edd7a857845ad6bb1d0b 20bb9a0ef54c7db3efc5"),
 }
 DOWNLOAD_TIMEOUT = 15  # seconds without a byte, then the next mirror
 
@@ -193,17 +180,14 @@ def load_idx(name: str, root: Path) -> tuple[Split, Split]:
     below root that has any of its files; what an interrupted download left out is downloaded."""
     raw, _, sums = IDX_SETS[name]
     for folder in (root / name, root / raw, root):
-        found = {stem: find_idx(folder, stem) for stem in IDX_FILES}
-        there = list(filter(None, found.values()))
-        if there:
+        paths = [find_idx(folder, stem) for stem in IDX_FILES]
+        if any(paths):
             break
-    missing = [stem for stem in IDX_FILES if not found[stem]]
-    if missing and not all(sha256(path.read_bytes()) in sums for path in there):
-        raise UserError(f"{folder}: has {', '.join(path.name for path in there)}, but not "
-                        f"{', '.join(missing)}: put the rest of the same set there, too")
-    for stem in missing:
-        found[stem] = fetch(name, stem, folder if there else root / name)
-    paths = list(found.values())
+    there = list(filter(None, paths))
+    if len(there) < 4 and not all(checksum(path.read_bytes()) in sums for path in there):
+        raise UserError(f"{folder}: has only {[path.name for path in there]}, not all four files")
+    folder = folder if there else root / name
+    paths = [path or fetch(name, stem, folder) for path, stem in zip(paths, IDX_FILES)]
     return read_split(name, *paths[:2]), read_split(name, *paths[2:])
 
 
@@ -224,7 +208,7 @@ def fetch(name: str, stem: str, folder: Path) -> Path:
         try:
             with urllib.request.urlopen(mirror + path.name, timeout=DOWNLOAD_TIMEOUT) as response:
                 content = response.read()
-            if sha256(content) != sums[IDX_FILES.index(stem)]:
+            if checksum(content) != sums.split()[IDX_FILES.index(stem)]:
                 raise OSError(f"the checksum of {len(content)} bytes received is wrong")
             folder.mkdir(parents=True, exist_ok=True)
             with write_atomically(path) as file:
@@ -240,16 +224,14 @@ def fetch(name: str, stem: str, folder: Path) -> Path:
 def read_split(name: str, images_path: Path, labels_path: Path) -> Split:
     images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
     if images.shape != (len(labels), 28, 28) or len(labels) == 0:
-        raise UserError(f"{images_path} holds {len(images)} images, of shape {images.shape}, and "
-                        f"{labels_path} {len(labels)} labels: take both from one download")
+        raise UserError(f"{images_path} {images.shape} does not fit {labels_path} {labels.shape}")
     # The sets have files of the same names; their labels tell them apart.
-    digests = {sha256(labels_path.read_bytes()), sha256(labels)}
-    owner = next((other for other, (*_, sums) in IDX_SETS.items() if digests & {*sums}), None)
+    digests = {checksum(labels_path.read_bytes()), checksum(labels)}
+    owner = next((key for key, (*_, sums) in IDX_SETS.items() if digests & {*sums.split()}), None)
     if owner is None:
         print(f"{name}: the labels in {labels_path} are of no set known here; taken as they are")
     elif owner != name:
-        raise UserError(f"{labels_path}: is of {owner}, not of {name}: train on --dataset {owner}, "
-                        "or name another folder with --data-dir")
+        raise UserError(f"{labels_path}: is of {owner}: train on that, or name another --data-dir")
     return Split(torch.from_numpy(images)[:, None], torch.from_numpy(labels).long(), {})
 
 
@@ -276,20 +258,19 @@ def read_idx(path: Path, ndim: int) -> np.ndarray:
 PICTURE = re.compile(r"(?!(.*/)?(\.|__MACOSX/)).*\.(jpe?g|png|bmp|webp)", re.IGNORECASE)
 CELEBA_PICTURE = re.compile(r"(.*/)?\d{6}\.jpg")
 CELEBA_LINE = re.compile(r"^(\d{6}\.jpg)(.*)", re.MULTILINE)
-CELEBA_SPLITS = (162_770, 19_867, 19_962)  # training, validation, test images, in this order
 
 
 def load_folder(folder: Path) -> tuple[Split, Split]:
     """The pictures in a folder, however deep: their centre squares, 64 x 64 in colour. About a
     tenth is for testing, by their names, so none changes sides when another one is added. (Of a
     few, by chance none may be: then one is taken.)"""
-    pictures = Pictures(folder, PICTURE, crop=1.0, strict=False)
+    pictures = Pictures(folder, folder, PICTURE, crop=1.0, strict=False)
     if (n := len(pictures.names)) < 20:
         raise UserError(f"{folder}: has {n} pictures (jpg, jpeg, png, bmp or webp); 20 are needed")
-    digests = [int(sha256(name.encode()), 16) for name in pictures.names]
+    digests = [int(checksum(name.encode()), 16) for name in pictures.names]
     test = np.array([digest % 10 == 0 for digest in digests])
     test[digests.index(min(digests))] |= not test.any()
-    return pictures.splits(2 * test, {}, folder)
+    return pictures.split(~test, "train", {}), pictures.split(test, "test", {})
 
 
 def load_celeba(root: Path) -> tuple[Split, Split]:
@@ -303,22 +284,19 @@ def load_celeba(root: Path) -> tuple[Split, Split]:
     source = next(filter(Path.exists, sources), None)
     if source is None:
         raise DataUnavailable(
-            f"celeba: {sources[1]} (.zip or folder) is missing, and no script can download it. "
-            "Take img_align_celeba.zip, list_eval_partition.txt and list_attr_celeba.txt from "
-            f"https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html and put them into {folder}, or "
-            "train on --dataset faces")
+            f"celeba: {sources[0]} is missing, and no script can download it. Fetch it, "
+            "list_eval_partition.txt and list_attr_celeba.txt by hand from "
+            "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html, or train on --dataset faces")
     # To 148 of 178 columns, a usual crop.
-    pictures = Pictures(source, CELEBA_PICTURE, crop=148 / 178, strict=True)
+    pictures = Pictures(source, folder, CELEBA_PICTURE, crop=148 / 178, strict=True)
     names = [name.split("/")[-1] for name in pictures.names]
-    if (n := len(names)) == 0:
+    if not names:
         raise UserError(f"{source}: has no images named 000001.jpg, 000002.jpg, ... in it")
     _, parts = read_list(folder, "list_eval_partition", names, (0, 1, 2))
-    if len(parts) == 0:
-        sizes = CELEBA_SPLITS if n == sum(CELEBA_SPLITS) else (n * 9 // 10, 0, n - n * 9 // 10)
-        parts = [np.repeat((0, 1, 2), sizes)]
     attributes, values = read_list(folder, "list_attr_celeba", names, (-1, 1))
     factors = dict(zip(attributes, (values > 0).astype(np.uint8)))
-    return pictures.splits(parts[0], factors, folder)
+    return (pictures.split(parts[0] == 0, "train", factors),
+            pictures.split(parts[0] == 2, "test", factors))
 
 
 def read_list(folder: Path, stem: str, names: list[str], allowed: tuple) -> tuple[list, np.ndarray]:
@@ -326,8 +304,7 @@ def read_list(folder: Path, stem: str, names: list[str], allowed: tuple) -> tupl
     the line before the first image, if any, and the values of these images, (columns, n)."""
     path = next(filter(Path.is_file, (folder / f"{stem}.txt", folder / f"{stem}.csv")), None)
     if path is None:
-        print(f"celeba: {folder / stem}.txt is missing: split by number, or without attributes")
-        return [], np.empty((0, len(names)))
+        raise UserError(f"{folder / stem}.txt is missing: it belongs beside the pictures")
     text = path.read_text(encoding="utf-8-sig", errors="replace").replace(",", " ")
     rows = dict(CELEBA_LINE.findall(text))
     header = CELEBA_LINE.split(text, maxsplit=1)[0].strip().split("\n")[-1].split()
@@ -337,19 +314,18 @@ def read_list(folder: Path, stem: str, names: list[str], allowed: tuple) -> tupl
         fits = values.shape == (len(header) or len(values), len(names))
         if not fits or not np.isin(values, allowed).all():
             raise ValueError(f"{len(header)} names, values from {values.min()} to {values.max()}")
-    except KeyError as missing:
-        raise UserError(f"{path}: has no line for {missing}: fetch both from one place") from None
-    except ValueError as error:
-        raise UserError(f"{path}: is damaged ({error}): fetch it again") from error
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{path}: is damaged, or of other images ({error})") from error
     return header, values
 
 
 class Pictures:
     """The pictures in a folder, however deep, or in an archive, whose names fit the pattern. One
-    that is broken is an error if strict, else it is left out. crop: as of decode_picture."""
+    that is broken is an error if strict, else it is left out. place: where they are kept, decoded;
+    crop: as of decode_picture."""
 
-    def __init__(self, source: Path, pattern: re.Pattern, crop: float, strict: bool):
-        self.source, self.crop, self.strict = source, crop, strict
+    def __init__(self, source: Path, place: Path, pattern: re.Pattern, crop: float, strict: bool):
+        self.source, self.place, self.crop, self.strict = source, place, crop, strict
         if source.is_dir():
             names = (path.relative_to(source).as_posix() for path in source.rglob("*"))
             self.read = lambda name: (source / name).read_bytes()
@@ -362,22 +338,9 @@ class Pictures:
             names, self.read = archive.namelist(), archive.read
         self.names = sorted(filter(pattern.fullmatch, names))
 
-    def splits(self, parts: np.ndarray, factors: dict, place: Path) -> tuple[Split, Split]:
-        """Those whose part is 0, for training, and those whose part is 2, for testing."""
-        splits = []
-        for part, kind in ((0, "train"), (2, "test")):
-            index = np.flatnonzero(parts == part)
-            path = place / f"{self.source.stem}-64x64-{kind}.uint8"
-            images = self.images([self.names[i] for i in index], path)
-            if len(images) == 0:
-                raise UserError(f"{self.source}: has no pictures for {kind}ing")
-            known = {name: torch.from_numpy(values[index]) for name, values in factors.items()}
-            labels = known.get("Smiling", torch.zeros(len(images))).long()
-            splits.append(Split(images, labels, known))
-        return tuple(splits)
-
-    def images(self, names: list[str], path: Path) -> Tensor:
-        """Those of these names, (n, 3, 64, 64), memory-mapped from a file of nothing but pixels."""
+    def split(self, chosen: np.ndarray, kind: str, factors: dict) -> Split:
+        """The chosen ones; their images are memory-mapped from a file of nothing but pixels."""
+        names = list(itertools.compress(self.names, chosen))
         files = [self.source / name for name in names] if self.source.is_dir() else [self.source]
         state = [(stat.st_size, stat.st_mtime_ns) for stat in map(Path.stat, files)]
         made_from = repr((names, state, inspect.getsource(decode_picture)))
@@ -390,11 +353,14 @@ class Pictures:
                     file.writelines(pool.map(self.decode, names[first : first + 256]))
             show_status("")
 
-        def read(path: Path) -> Tensor:
-            pixels = np.memmap(path, mode="c")[:-64]  # without the checksum
-            return torch.from_numpy(pixels).view(-1, 3, 64, 64)
-
-        return made_once(path, made_from, write, read)
+        path = self.place / f"{self.source.stem}-64x64-{kind}.uint8"
+        pixels = made_once(path, made_from, write, lambda path: np.memmap(path, mode="c")[:-20])
+        images = torch.from_numpy(pixels).view(-1, 3, 64, 64)  # without the checksum
+        if len(images) == 0:
+            raise UserError(f"{self.source}: has no pictures for {kind}ing")
+        known = {name: torch.from_numpy(values[chosen]) for name, values in factors.items()}
+        labels = known.get("Smiling", torch.zeros(len(images))).long()
+        return Split(images, labels, known)
 
     def decode(self, name: str) -> bytes:
         try:
@@ -410,9 +376,8 @@ class Pictures:
             return b""
 
 
-def decode_picture(
-    file: str | Path | BinaryIO, side: int = 64, mode: str = "RGB", crop: float = 1.0
-) -> np.ndarray:
+def decode_picture(file: str | Path | BinaryIO, side: int = 64, mode: str = "RGB",
+                   crop: float = 1.0) -> np.ndarray:
     """The centre square of a picture, at most the share `crop` of its width, as a viewer shows it:
     upright, on white, 16 bits of grey as 8. (channels, side, side), uint8; mode: "RGB" or "L"."""
     image = Image.open(file)
@@ -441,14 +406,11 @@ def load_picture(path: str | Path, channels: int = 3, side: int = 64) -> Tensor:
 # ------------------------------------------------------------------------ all datasets
 
 CLASS_NAMES = {
-    "mnist": tuple("0123456789"),
-    "mnist-validation": tuple("0123456789"),
+    **dict.fromkeys(("mnist", "mnist-validation", "digits"), tuple("0123456789")),
     "fashion-mnist": ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt",
                       "sneaker", "bag", "ankle boot"),
     "kmnist": ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
-    "celeba": ("not smiling", "smiling"),
-    "digits": tuple("0123456789"),
-    "faces": ("not smiling", "smiling"),
+    **dict.fromkeys(("celeba", "faces"), ("not smiling", "smiling")),
 }
 DATASETS = tuple(CLASS_NAMES)
 DRAWN = {"digits": (draw.draw_digits, 60_000, 10_000), "faces": (draw.draw_faces, 20_000, 2_000)}
@@ -463,14 +425,12 @@ def load_drawn(name: str, root: Path) -> tuple[Split, Split]:
         images, labels, factors = function(n_train + n_test, seed=0)
         np.savez(file, images=images, labels=labels, **factors)
 
-    def split(part: slice) -> Split:
-        rows = {key: torch.from_numpy(values[part]) for key, values in arrays.items()}
-        return Split(rows.pop("images"), rows.pop("labels"), rows)
-
     # They are good for this very drawing only, so that an edited glyph is seen at once.
     made_from, path = Path(draw.__file__).read_text(), root / f"{name}.npz"
     arrays = made_once(path, made_from, write, lambda path: dict(np.load(path)))
-    return split(slice(n_train)), split(slice(-n_test, None))
+    parts = ({key: torch.from_numpy(values[part]) for key, values in arrays.items()}
+             for part in (slice(n_train), slice(-n_test, None)))
+    return tuple(Split(part.pop("images"), part.pop("labels"), part) for part in parts)
 
 
 def load_dataset(name: str, root: str | Path = PROJECT_DATA) -> tuple[Split, Split]:

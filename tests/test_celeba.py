@@ -143,27 +143,16 @@ def test_order_splits_and_attributes(tmp_path, method, first, end, last):
             assert factors["Eyeglasses"].tolist() == [k % 3 == 0 for k in expected]
 
 
-def test_without_the_lists(tmp_path, capsys, monkeypatch):
-    """The official boundaries if the set is whole, else 9 to 1; no attributes. Both are said."""
-    assert np.cumsum(data.CELEBA_SPLITS).tolist() == [162_770, 182_637, 202_599]
-    folder = write_set(tmp_path, shades(*range(1, 21)))
-    (folder / PARTITION).unlink()
-    assert [numbers(split.images) for split in load(folder)] == [[*range(1, 19)], [19, 20]]
-    assert f"{folder / PARTITION} is missing" in capsys.readouterr().out
-    (folder / ATTRIBUTES).unlink()
-    monkeypatch.setattr(data, "CELEBA_SPLITS", (12, 5, 3))  # now this is the whole set
-    train_split, test_split = load(folder)
-    assert numbers(train_split.images) == [*range(1, 13)] and train_split.factors == {}
-    assert numbers(test_split.images) == [18, 19, 20] and test_split.labels.tolist() == [0, 0, 0]
-    assert f"{folder / ATTRIBUTES} is missing" in capsys.readouterr().out
-
-
 def test_a_missing_set_says_what_to_put_where(tmp_path):
     result = run_here(train.main, "--dataset", "celeba", "--data-dir", tmp_path)
     assert_user_error(result, str(tmp_path / "celeba"), "img_align_celeba.zip", PARTITION,
                       ATTRIBUTES, "no script can download it", "mmlab", "--dataset faces")
     with pytest.raises(UserError, match="has no images named 000001.jpg"):
-        load(write_set(tmp_path, {"1.png": b""}))
+        load(write_set(tmp_path / "another", {"1.png": b""}))
+    folder = write_set(tmp_path, shades(1, 2))
+    (folder / ATTRIBUTES).unlink()
+    with pytest.raises(UserError, match=f"{folder / ATTRIBUTES} is missing"):
+        load(folder)
 
 
 @pytest.mark.parametrize("method", [None, zipfile.ZIP_DEFLATED])
@@ -193,7 +182,7 @@ def test_damage_of_an_archive_is_found(tmp_path, after, at, message):
 
 
 @pytest.mark.parametrize("file, old, new, message", [
-    (PARTITION, "000003.jpg 0\n", "", "no line for .*000003.jpg"),
+    (PARTITION, "000003.jpg 0\n", "", "of other images .*000003.jpg"),
     (PARTITION, "000003.jpg 0\n", "000003.jpg 3\n", "damaged"),
     (PARTITION, "000003.jpg 0\n", "000003.jpg 300\n", "damaged"),
     (PARTITION, " 2", " 0", "has no pictures for testing"),
@@ -252,8 +241,6 @@ def test_a_cache_of_another_source_or_decoder_is_not_used(tmp_path, monkeypatch)
     assert numbers(load(folder)[0].images)[:2] == [30, 3]
     write_lists(folder, {k: 2 if k == 1 else 0 for k in range(1, 21)})  # other parts
     assert numbers(load(folder)[1].images) == [30]
-    (folder / ATTRIBUTES).unlink()
-    assert load(folder)[0].factors == {}
     bgr = edited(data, tmp_path, lambda s: s.replace(".transpose(2,", "[..., ::-1].transpose(2,"))
     assert numbers(load(folder, bgr)[1].images.flip(1)) == numbers(load(folder)[1].images) == [30]
     monkeypatch.setattr(Image, "open", None)

@@ -58,15 +58,12 @@ if PARALLEL:
 # ----------------------------------------------------------------------- the loop
 
 
-def train_epoch(
-    model: nn.Module, train_loader: Iterable, optimizer: torch.optim.Optimizer,
-    device: torch.device | str, beta: float = 1.0
-) -> tuple[float, float, float]:
+def train_epoch(model: nn.Module, train_loader: Iterable, optimizer: torch.optim.Optimizer,
+                device: torch.device | str, beta: float = 1.0) -> tuple[float, float, float]:
     """One pass over the data, one optimizer step a batch.
 
-    train_loader: any iterable of (images, labels), images float in [0, 1]. Returns the
-    mean (loss, recon, kl) per image in the units of model.loss (nats), every batch
-    measured before its step.
+    train_loader: any iterable of (images, labels), images float in [0, 1]. Returns the mean (loss,
+    recon, kl) per image in the units of model.loss (nats), every batch measured before its step.
     """
     model.train()
     sums, count = torch.zeros(3, dtype=torch.float64, device=device), 0
@@ -90,9 +87,8 @@ def train_epoch(
 
 
 @torch.no_grad()
-def test_epoch(
-    model: nn.Module, test_loader: Iterable, device: torch.device | str, beta: float = 1.0
-) -> tuple[float, float, float]:
+def test_epoch(model: nn.Module, test_loader: Iterable, device: torch.device | str,
+               beta: float = 1.0) -> tuple[float, float, float]:
     """The mean (loss, recon, kl) per image as `train_epoch`, in evaluation mode, no steps."""
     model.eval()
     sums, count = torch.zeros(3, dtype=torch.float64, device=device), 0
@@ -107,8 +103,8 @@ def on_device(loader: Iterable, device: torch.device | str) -> Iterator:
     in many tutorials, train to a loss without a bottom."""
     for number, (images, labels) in enumerate(loader):
         if number == 0 and not 0 <= images.min() <= images.max() <= 1:
-            raise UserError(f"images must be in [0, 1], and these go from {images.min():g} to "
-                            f"{images.max():g}: leave out a Normalize, or divide by 255")
+            found = f"from {images.min():g} to {images.max():g}"
+            raise UserError(f"images must be in [0, 1], not {found}: omit Normalize, or do / 255")
         yield images.to(device), labels.to(device)
 
 
@@ -121,15 +117,14 @@ def mean_per_image(sums: torch.Tensor, count: int) -> tuple[float, float, float]
 
 
 def kl_weight(epoch: int, kl_anneal: int) -> float:
-    """The weight of the KL in an epoch, counted from 1: min(1, epoch / kl_anneal), a linear form of
-    KL annealing (Bowman et al. 2016 raise it along a sigmoid). kl_anneal = 0: always 1."""
+    """The weight of the KL in an epoch, counted from 1: it rises to 1 along a line, in kl_anneal
+    epochs (KL annealing; Bowman et al. 2016 raise it along a sigmoid)."""
     return min(1.0, epoch / kl_anneal) if kl_anneal else 1.0
 
 
 def recorded(step: Callable) -> Callable:
-    """The step, recorded as a CUDA graph in its fourth call, and from there on replayed for batches
-    of that size: Python takes eight times as long to launch its hundred small kernels as a GPU
-    to run them."""
+    """The step, recorded as a CUDA graph in its fourth call, and then replayed for batches of that
+    size: to launch its hundred small kernels takes eight times as long as to run them."""
     calls, graph, buffers = 0, torch.cuda.CUDAGraph(), ()
 
     def replay(*batch: torch.Tensor) -> None:
@@ -228,9 +223,8 @@ def train_run(args: argparse.Namespace) -> tuple:
             beta, lr = args.beta * kl_weight(epoch, args.kl_anneal), args.lr
             if args.lr_schedule == "cosine":  # towards 0, once (Loshchilov & Hutter 2017)
                 lr *= 0.5 * (1 + math.cos(math.pi * (epoch - 1) / args.epochs))
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-                group["capturable"] = device.type == "cuda" and not PARALLEL  # see recorded
+            capturable = device.type == "cuda" and not PARALLEL  # see recorded
+            optimizer.param_groups[0].update(lr=lr, capturable=capturable)
             train = train_epoch(trained, batches, optimizer, device, beta)
             test = test_epoch(trained, test_loader, device, args.beta)
             seconds = round(time.monotonic() - start, 3)
@@ -275,8 +269,8 @@ def find_device(name: str, precision: str = "tf32") -> torch.device:
         return torch.device("cpu")
     index, found = int(os.environ["LOCAL_RANK"]) if PARALLEL else 0, torch.cuda.device_count()
     if index >= found:
-        raise UserError(f"--device {name}: PyTorch finds {found} CUDA GPUs here, and every process "
-                        "needs one; use --device cpu, or start fewer")
+        raise UserError(f"--device {name}: PyTorch finds {found} CUDA GPUs, and every process needs "
+                        "one: use --device cpu, or start fewer")
     torch.backends.cuda.matmul.fp32_precision = precision
     torch.backends.cudnn.conv.fp32_precision = precision
     return torch.device("cuda", index)
@@ -306,11 +300,6 @@ def first_decides(decide: Callable[[], object]) -> object:
     if answer[0] is None:
         sys.exit(2)
     return answer[0]
-
-
-def is_colour(dataset: str) -> bool:
-    """64 x 64 in colour; the other datasets are 28 x 28 in grey."""
-    return dataset in ("celeba", "faces") or dataset not in DATASETS
 
 
 def find_data_dir(option: str | None) -> Path:
@@ -391,15 +380,13 @@ def open_run(config: dict) -> tuple[Path, dict | None]:
         folder.mkdir(parents=True, exist_ok=config["resume"])
     except FileExistsError:
         raise UserError(f"--out {folder}: is there already; --resume it, or name another") from None
-    for path in (folder / file for file in RUN_FILES):
-        if path.exists():
-            raise UserError(f"{path}: is there, but no run to go on with; name another --out")
+    if found := [name for name in RUN_FILES if (folder / name).exists()]:
+        raise UserError(f"{folder}: has {found} but no run to go on with; name another --out")
     return folder, None
 
 
-def save_run(
-    folder: Path, config: dict, model: nn.Module, optimizer: torch.optim.Optimizer, history: list
-) -> None:
+def save_run(folder: Path, config: dict, model: nn.Module, optimizer: torch.optim.Optimizer,
+             history: list) -> None:
     """Write the RUN_FILES, each whole or not at all; of several processes, the first one."""
     if RANK > 0:
         return
@@ -426,25 +413,19 @@ def load_run(folder: str | Path) -> tuple[nn.Module, dict]:
                 raise ValueError(f"the checksum of {damaged} is wrong")
         # weights_only: a checkpoint from elsewhere must not be able to run code.
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-        if (name := checkpoint["config"]["model"]) not in MODELS:
-            raise ValueError(f"its model, {name}, is an exercise's")
         model = build_model(checkpoint["config"])
         model.load_state_dict(checkpoint["model"])
         checkpoint["history"], checkpoint["optimizer"]  # are there, too
     except Exception as error:  # torch has many kinds for the many ways to be broken
-        reason = " ".join(str(error).split())[:80]
-        raise UserError(f"{path}: is not a checkpoint that can be read ({reason} ...)") from error
+        reason = f"{str(error)[:80]} ..."  # which they tell at length
+        raise UserError(f"{path}: is not a checkpoint that can be read ({reason})") from error
     # channels-last as in training, where convolutions round otherwise
     return model.to(memory_format=torch.channels_last).eval(), checkpoint
 
 
-def load_test_split(folder: str | Path, config: dict, data_dir: str | None) -> Split:
-    """The test images of the run in folder."""
+def load_test_split(config: dict, data_dir: str | None) -> Split:
+    """The test images of a run."""
     _, test = load_dataset(config["dataset"], find_data_dir(data_dir))
-    if len(test.images) != config["test_images"]:
-        raise UserError(f"{folder}: was tested on {config['test_images']} images of "
-                        f"{config['dataset']}, and here are {len(test.images)}: name the data "
-                        "folder of the run with --data-dir")
     return test._replace(images=binarize_once(test.images)) if config["binarize"] else test
 
 
@@ -458,7 +439,7 @@ def redraw(argv: list[str] | None = None) -> None:
     newest = max(saved, key=os.path.getmtime, default=Path("runs/checkpoint.pt"))
     folder = Path(args.run or newest.parent).expanduser()
     model, checkpoint = load_run(folder)
-    test = load_test_split(folder, checkpoint["config"], args.data_dir)
+    test = load_test_split(checkpoint["config"], args.data_dir)
     loader = Batches(test.images, test.labels, 1000)
     draw_run(folder, model, checkpoint["config"], checkpoint["history"], loader, test.factors)
     print(f"figures drawn in {folder}")
@@ -475,13 +456,12 @@ class Parser(argparse.ArgumentParser):
 def number(kind: type, low: float, high: float = 10**9) -> Callable[[str], float]:
     """An argparse type: a number from low to high, so neither inf nor nan."""
 
-    def parse(text: str) -> float:
-        if not low <= (value := kind(text)) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
-        return value
+    def numeric(text: str) -> float:
+        if low <= (value := kind(text)) <= high:
+            return value
+        raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
 
-    parse.__name__ = kind.__name__  # for argparse's own message: "invalid int value"
-    return parse
+    return numeric
 
 
 def parse_args(argv: Sequence[str], description: str = __doc__) -> argparse.Namespace:
@@ -517,11 +497,11 @@ def parse_args(argv: Sequence[str], description: str = __doc__) -> argparse.Name
         if not folder.is_dir():
             parser.error(f"--dataset {args.dataset}: is no folder, nor {', '.join(DATASETS)}")
         args.dataset = str(folder)
-    args.model = args.model or ("celeba" if is_colour(args.dataset) else "mlp")
-    for dataset in filter(None, (args.dataset, args.fallback)):
-        if is_colour(dataset) != (args.model == "celeba"):
-            parser.error(f"--model {args.model} does not fit {dataset}: celeba, faces and pictures "
-                         "(64 x 64) are for --model celeba; the others (28 x 28) for the others")
+    colour = args.dataset in ("celeba", "faces") or args.dataset not in DATASETS
+    args.model = args.model or ("celeba" if colour else "mlp")
+    if colour != (args.model == "celeba") or args.fallback == ("digits" if colour else "faces"):
+        parser.error(f"--model {args.model} does not fit: celeba, faces and pictures (64 x 64) are "
+                     "for --model celeba, the other datasets (28 x 28) for the other models")
     sizes = inspect.signature(MODELS[args.model]).parameters
     args.latent_dim = args.latent_dim or sizes["latent_dim"].default
     if "hidden_dim" in sizes:
@@ -556,10 +536,8 @@ def run_cli(main: Callable[[], object], to_go_on: str = "") -> NoReturn:
         main()
         sys.stdout.flush()
         sys.exit(0)
-    except UserError as error:
+    except (UserError, OSError) as error:
         message = str(error)
-    except OSError as error:
-        message = ": ".join(filter(None, (error.filename, error.strerror))) or str(error)
     except (MemoryError, torch.OutOfMemoryError):
         message = "the memory is full: take a smaller --batch-size, --hidden-dim or --latent-dim"
     except KeyboardInterrupt as interrupt:

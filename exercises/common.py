@@ -27,9 +27,8 @@ from viz import save  # noqa: E402
 RESULTS = Path("runs/exercises")
 
 
-def parse_args(
-    argv: list[str] | None, name: str, description: str, datasets: tuple[str, ...]
-) -> argparse.Namespace:
+def parse_args(argv: list[str] | None, name: str, description: str,
+               datasets: tuple[str, ...]) -> argparse.Namespace:
     """The options of an exercise, the first of the datasets being the default; and `name`, how
     its results are called: unusual options are part of it, so that a quick look does not
     overwrite the work of an hour."""
@@ -62,9 +61,8 @@ def load_images(args: argparse.Namespace) -> tuple[Split, Split]:
     return load_dataset(args.dataset, train.find_data_dir(args.data_dir))
 
 
-def trained(
-    args: argparse.Namespace, seed: int, epochs: int | None = None, **options
-) -> tuple[nn.Module, list[dict]]:
+def trained(args: argparse.Namespace, seed: int, epochs: int | None = None,
+            **options) -> tuple[nn.Module, list[dict]]:
     """A model on the CPU, frozen, in evaluation mode, and its history: read from disk, or trained.
 
     options: those of train.py, with _ for -. Two exercises that ask for the same share it.
@@ -135,9 +133,8 @@ def plot_measures(rows: list[dict], key: str, measures: dict[str, list[str]], pa
     save(figure, path)
 
 
-def report(
-    args: argparse.Namespace, rows: list[dict], key: str, formats: dict[str, str], **more
-) -> None:
+def report(args: argparse.Namespace, rows: list[dict], key: str, formats: dict[str, str],
+           **more) -> None:
     """Write the results as JSON, what was asked and every row, and as a table; print the table."""
     asked = {option: value for option, value in vars(args).items() if option != "data_dir"}
     content = json.dumps({**asked, **more, "rows": rows}, indent=1)

@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         folder = train.main([*argv, "--model", name])
         models[title], checkpoint = train.load_run(folder)
     config = checkpoint["config"]
-    test = train.load_test_split(folder, config, args.data_dir)
+    test = train.load_test_split(config, args.data_dir)
     torch.manual_seed(args.seed)
     path = f"{folder}/ae-vs-vae.png"
     compare(models, test.images / 255, path, config["notice"])

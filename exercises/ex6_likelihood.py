@@ -38,9 +38,8 @@ ROWS = 500  # decoded at a time: they fit into a processor's cache
 # ------------------------------------------------------------------- importance sampling
 
 
-def log_weights(
-    model: nn.Module, x: Tensor, mu: Tensor, logvar: Tensor, epsilon: Tensor, beta: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def log_weights(model: nn.Module, x: Tensor, mu: Tensor, logvar: Tensor, epsilon: Tensor,
+                beta: float = 1.0) -> tuple[Tensor, Tensor]:
     """The logarithms of the importance weights w_i = p(x|z_i) p(z_i) / q(z_i|x).
 
     x: (batch, ...); mu, logvar of q(z|x): (batch, latent_dim); epsilon: noise from N(0, I),
@@ -63,9 +62,7 @@ def importance_weighted_bound(log_w: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(
-    model: nn.Module, x: Tensor, mu: Tensor, logvar: Tensor, num_samples: int
-) -> Tensor:
+def evaluate(model: nn.Module, x: Tensor, mu: Tensor, logvar: Tensor, num_samples: int) -> Tensor:
     """The bounds L_k of log p(x) of every image x, (batch, ...), from num_samples draws, for the k
     in BOUND_SIZES up to num_samples: (sizes, batch), nats. The last is closest to log p(x), and
     still far below it where q misses the posterior.
@@ -213,10 +210,10 @@ def evaluate_run(folder: Path, args: argparse.Namespace) -> None:
     what has been measured, and the same command goes on from there."""
     model, checkpoint = train.load_run(folder)
     config, path = checkpoint["config"], folder / "evaluation.json"
-    if config["recon"] != "bce" or train.is_colour(config["dataset"]):
+    if config["recon"] != "bce" or config["model"] == "celeba":
         raise UserError(f"{folder}: {config['model']} on {config['dataset']} with --recon "
                         f"{config['recon']}: evaluate a VAE of grey images with --recon bce")
-    test = train.load_test_split(folder, config, args.data_dir)
+    test = train.load_test_split(config, args.data_dir)
     images = binarize_once(test.images).to(device := train.find_device(args.device, "ieee")) / 255
     model.to(device).requires_grad_(False)
     asked = {"epochs": len(checkpoint["history"]), "num_samples": args.num_samples,

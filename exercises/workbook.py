@@ -46,9 +46,8 @@ def bce_from_logits(x_logits: Tensor, x: Tensor) -> Tensor:
     raise NotImplementedError
 
 
-def vae_loss(
-    x_logits: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, beta: float = 1.0
-) -> tuple[Tensor, Tensor, Tensor]:
+def vae_loss(x_logits: Tensor, x: Tensor, mu: Tensor, logvar: Tensor,
+             beta: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
     """Step 4 (chapter 2.2, exercise 1): the negative ELBO, with a weight beta for the KL.
 
     Returns (total, recon, kl), three scalars, summed over the batch: the cross-entropy recon, the
@@ -101,9 +100,8 @@ class ConvVAE(nn.Module):
         raise NotImplementedError
 
 
-def train_step(
-    model: nn.Module, images: Tensor, optimizer: torch.optim.Optimizer, beta: float
-) -> float:
+def train_step(model: nn.Module, images: Tensor, optimizer: torch.optim.Optimizer,
+               beta: float) -> float:
     """Step 7 (chapter 2.5): one step of the optimizer on a batch, with the loss of step 4.
 
     model: has the forward of step 5; images: (batch, 1, 28, 28). Minimise total / batch, the mean

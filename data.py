@@ -185,7 +185,7 @@ def load_idx(name: str, root: Path) -> tuple[Split, Split]:
             break
     there = list(filter(None, paths))
     if len(there) < 4 and not all(checksum(path.read_bytes()) in sums for path in there):
-        raise UserError(f"{folder}: has only {[path.name for path in there]}, not all four files")
+        raise UserError(f"{folder}: has only {[path.name for path in there]}: put the rest there")
     folder = folder if there else root / name
     paths = [path or fetch(name, stem, folder) for path, stem in zip(paths, IDX_FILES)]
     return read_split(name, *paths[:2]), read_split(name, *paths[2:])
@@ -224,7 +224,8 @@ def fetch(name: str, stem: str, folder: Path) -> Path:
 def read_split(name: str, images_path: Path, labels_path: Path) -> Split:
     images, labels = read_idx(images_path, 3), read_idx(labels_path, 1)
     if images.shape != (len(labels), 28, 28) or len(labels) == 0:
-        raise UserError(f"{images_path} {images.shape} does not fit {labels_path} {labels.shape}")
+        raise UserError(f"{images_path} {images.shape} does not fit {labels_path} {labels.shape}: "
+                        "take both from one download")
     # The sets have files of the same names; their labels tell them apart.
     digests = {checksum(labels_path.read_bytes()), checksum(labels)}
     owner = next((key for key, (*_, sums) in IDX_SETS.items() if digests & {*sums.split()}), None)
@@ -315,7 +316,7 @@ def read_list(folder: Path, stem: str, names: list[str], allowed: tuple) -> tupl
         if not fits or not np.isin(values, allowed).all():
             raise ValueError(f"{len(header)} names, values from {values.min()} to {values.max()}")
     except (KeyError, ValueError) as error:
-        raise UserError(f"{path}: is damaged, or of other images ({error})") from error
+        raise UserError(f"{path}: is damaged, or of other images ({error}): fetch anew") from error
     return header, values
 
 
@@ -354,8 +355,8 @@ class Pictures:
             show_status("")
 
         path = self.place / f"{self.source.stem}-64x64-{kind}.uint8"
-        pixels = made_once(path, made_from, write, lambda path: np.memmap(path, mode="c")[:-20])
-        images = torch.from_numpy(pixels).view(-1, 3, 64, 64)  # without the checksum
+        pixels = made_once(path, made_from, write, lambda path: np.memmap(path, mode="c"))
+        images = torch.from_numpy(pixels[:-20]).view(-1, 3, 64, 64)  # without the checksum
         if len(images) == 0:
             raise UserError(f"{self.source}: has no pictures for {kind}ing")
         known = {name: torch.from_numpy(values[chosen]) for name, values in factors.items()}

@@ -104,7 +104,7 @@ def on_device(loader: Iterable, device: torch.device | str) -> Iterator:
     for number, (images, labels) in enumerate(loader):
         if number == 0 and not 0 <= images.min() <= images.max() <= 1:
             found = f"from {images.min():g} to {images.max():g}"
-            raise UserError(f"images must be in [0, 1], not {found}: omit Normalize, or do / 255")
+            raise UserError(f"images go {found}, not 0 to 1: omit Normalize, or divide by 255")
         yield images.to(device), labels.to(device)
 
 

@@ -394,17 +394,11 @@ def test_the_answers_quote_tables_that_follow_from_every_run():
     for path in tables:
         table, found = path.read_text().strip(), json.loads(path.with_suffix(".json").read_text())
         assert table in answers and found["seeds"] == [0, 1, 2] and found["limit"] is None
-        cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
-        (key, *measures), _, *lines = cells
-        assert [line[0] for line in lines] == [str(row[key]) for row in found["rows"][::3]]
-        for i, (_, *line) in enumerate(lines):
-            rows = found["rows"][3 * i : 3 * i + 3]
-            assert len({row[key] for row in rows}) == 1 and [r["seed"] for r in rows] == [0, 1, 2]
-            for measure, cell in zip(measures, line, strict=True):
-                digits = len(cell.partition(" ")[0].partition(".")[2])
-                values = [row[measure] for row in rows if measure in row]
-                both = (np.mean(values), np.std(values, ddof=1)) if values else ()
-                assert cell == " ± ".join(f"{value:.{digits}f}" for value in both)
+        (key, *_), *columns = zip(*(line[2:-2].split(" | ") for line in table.splitlines()))
+        means = {name: max(cells, key=len).partition(" ")[0] for name, _, *cells in columns}
+        formats = {name: f".{len(mean.partition('.')[2])}f" for name, mean in means.items()}
+        assert common.markdown_table(found["rows"], key, formats) == table
+        assert [row["seed"] for row in found["rows"]] == [0, 1, 2] * (len(columns[0]) - 2)
 
 
 def test_the_answers_quote_the_likelihoods_that_were_measured():
@@ -415,8 +409,7 @@ def test_the_answers_quote_the_likelihoods_that_were_measured():
         line, = re.findall(rf"^\| `{row['recipe']}` .*", answers, re.MULTILINE)
         numbers = [row["neg_elbo"], -row["bounds"]["5"], -row["bounds"]["50"]]
         numbers += [row["neg_log_likelihood"], row["standard_error"]]
-        for name, gap in row["gaps"].items():
-            numbers += [gap, row["gap_errors"][name]]
+        numbers += [row[key][gap] for gap in row["gaps"] for key in ("gaps", "gap_errors")]
         assert re.findall(r"\d+\.\d\d", line) == [f"{number:.2f}" for number in numbers]
         assert f"| {row['epochs']}, {row['minutes']:.{row['minutes'] < 1:d}f} |" in line
         assert f"| {row['active_units']} of {row['latent_dim']} |" in line

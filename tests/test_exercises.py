@@ -25,6 +25,7 @@ from data import Batches, load_dataset
 from ex3_conditional_vae import one_hot
 from hypothesis import given, settings, strategies as st
 from metrics import precision_recall
+from torch.autograd.functional import jacobian
 from torch.distributions import Bernoulli, Normal, kl_divergence
 from vae import vae_loss
 
@@ -179,8 +180,8 @@ def test_the_classifier_learns_in_the_projects_loop(drawn):
     assert loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-4)
 
 
-def test_labels_reach_both_networks_of_the_conditional_vae_and_its_loss(drawn):
-    model, x, labels = ex3.ConditionalVAE(), drawn.images[:64] / 255, drawn.labels[:64]
+def test_the_loss_of_the_conditional_vae_tells_both_networks_the_class(drawn):
+    model, x, labels = ex3.ConditionalVAE(), drawn.images[:8] / 255, drawn.labels[:8]
     torch.manual_seed(1)
     terms = model.loss(x, labels, 3.0)
     torch.manual_seed(1)
@@ -190,10 +191,6 @@ def test_labels_reach_both_networks_of_the_conditional_vae_and_its_loss(drawn):
     for layer in (model.encoder.fc1, model.decoder_fc1):
         reached = layer.weight.grad[:, -10:].abs().sum(dim=0) > 0
         assert reached.tolist() == [digit in labels for digit in range(10)]
-    y, others = one_hot(labels), one_hot((labels + 1) % 10)
-    assert ((model.encode(x, others)[0] - mu).abs().sum(dim=1) > 0).all()
-    images, changed = (model.decode(torch.cat([mu, label], dim=1)) for label in (y, others))
-    assert images.shape == (64, 784) and ((images - changed).abs().sum(dim=1) > 0).all()
 
 
 def test_the_sigma_vae_has_the_variance_that_is_best_for_its_batch(drawn):
@@ -203,29 +200,17 @@ def test_the_sigma_vae_has_the_variance_that_is_best_for_its_batch(drawn):
     torch.manual_seed(1)
     x_logits, mu, logvar = model(x)
     off = x.flatten(1) - torch.sigmoid(x_logits)
-    std = off.pow(2).mean().sqrt()
-    best, *others = (-Normal(0, s * std).log_prob(off).sum() for s in (1, 0.95, 1.05))
-    torch.testing.assert_close(recon, best, rtol=1e-4, atol=0)
-    assert min(others) > best
+    best = -Normal(0, off.pow(2).mean().sqrt()).log_prob(off).sum()
     expected = kl_divergence(Normal(mu, logvar.exp().sqrt()), Normal(0, 1)).sum()
-    torch.testing.assert_close((kl, total), (expected, best + 2 * expected), rtol=1e-4, atol=0)
+    terms = best + 2 * expected, best, expected
+    torch.testing.assert_close((total, recon, kl), terms, rtol=1e-4, atol=0)
 
 
-def test_a_row_is_predicted_from_the_code_and_the_rows_above_it(drawn):
+def test_a_row_is_predicted_from_the_code_and_the_rows_above_it():
     model, z, x = ex5.RowVAE(), torch.randn(2, 20), torch.rand(2, 1, 28, 28)
-    logits = model.decode_logits(z, x)
-    assert logits.shape == (2, 28, 28)
-    assert (model.decode_logits(z + 1, x)[:, 0] != logits[:, 0]).any()
-    for row in range(28):
-        changed = x.clone()
-        changed[:, :, row] = 1 - changed[:, :, row]
-        after = model.decode_logits(z, changed)
-        assert torch.equal(after[:, : row + 1], logits[:, : row + 1])
-        assert row == 27 or (after[:, row + 1] != logits[:, row + 1]).any()
-    loader = Batches(drawn.images[:500], drawn.labels[:500], 50)
-    before = train.test_epoch(model, loader, "cpu")
-    trained = train.train_epoch(model, loader, torch.optim.Adam(model.parameters(), 2e-3), "cpu")
-    assert train.test_epoch(model, loader, "cpu")[0] < trained[0] < before[0]
+    assert (model.decode_logits(z + 1, x)[:, 0] != model.decode_logits(z, x)[:, 0]).any()
+    slopes = jacobian(lambda x: model.decode_logits(z, x).sum(dim=(0, 2)), x)
+    assert torch.equal(slopes.abs().sum(dim=(1, 2, 4)) > 0, torch.ones(28, 28).tril(-1) > 0)
 
 
 @pytest.fixture
@@ -365,13 +350,14 @@ def test_exercise_5_anneals_and_goes_on_where_it_was(solve, mnist_root, monkeypa
     names = ["mlp", "mlp, annealed", "rows", "rows, annealed"]
     assert [row["run"] for row in found["rows"]] == [*found["curves"]] == names
     assert [row["beta"] for row in found["curves"]["rows, annealed"][0]] == [0.5, 1]
-    assert [train.kl_weight(epoch, 3) for epoch in (1, 2, 3, 4)] == [1 / 3, 2 / 3, 1, 1]
     (x, labels, _), (test_x, test_labels, _) = load_dataset("mnist", mnist_root)
     for row, kind in zip(found["rows"][1::2], ("mlp", "rows")):
         (_, train_q), (_, q) = (
             trained(f"mnist-{kind}-kl-anneal2-limit300", part / 255) for part in (x, test_x))
         assert (row["KL"], row["active units"]) == kl_and_active_units(q)
         assert row["class found in z"] == probe(train_q, labels, q, test_labels)[0]
+        first, last = (epoch["test_loss"] for epoch in found["curves"][row["run"]][0])
+        assert first > last == pytest.approx(row["recon + KL"])
 
 
 def test_sums_tables_and_the_names_of_results():

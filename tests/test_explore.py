@@ -27,13 +27,11 @@ MODELS = {"ae": Autoencoder, "mlp": lambda: VAE(latent_dim=2), "conv": ConvVAE,
 TEMPLATE = (PROJECT / "explore.html").read_text("utf-8")
 FOLDER, CLASS = "<!--<script>", "</script><b>"  # what would swallow, or end, the page's scripts
 NODE = """
-const [math, tasks] = JSON.parse(require("fs").readFileSync(0, "utf8"));
+const [math, text, x, z] = JSON.parse(require("fs").readFileSync(0, "utf8"));
 (0, eval)(math + "; globalThis.page = { read, encode, decodeLogits, lossTerms, sigmoid }");
-console.log(JSON.stringify(tasks.map(([text, x, z]) => {
-  const run = page.read(text), q = page.encode(run, x), logits = page.decodeLogits(run, z);
-  const terms = page.lossTerms(run, x, logits, q), decoded = [...logits.map(page.sigmoid)];
-  return { mu: [...q.mu], logvar: [...q.logvar ?? []], decoded, ...terms };
-})));
+const run = page.read(text), q = page.encode(run, x), logits = page.decodeLogits(run, z);
+const terms = page.lossTerms(run, x, logits, q), decoded = [...logits.map(page.sigmoid)];
+console.log(JSON.stringify({ mu: [...q.mu], logvar: [...q.logvar ?? []], decoded, ...terms }));
 """
 
 
@@ -98,10 +96,10 @@ def test_a_page_holds_the_weights_to_the_precision_of_float16(made):
 def test_a_page_encodes_decodes_and_measures_as_pytorch_does(made):
     model, recon, page, images = made
     z, x = torch.randn(1, model.latent_dim), images[0].flatten()
-    tasks = [[script(page, "run"), x.tolist(), z[0].tolist()]]
-    node = subprocess.run(["node", "-e", NODE], capture_output=True, text=True, check=True,
-                          input=json.dumps([script(TEMPLATE, "mathematics"), tasks]))
-    (answer,) = json.loads(node.stdout)
+    given = [script(TEMPLATE, "mathematics"), script(page, "run"), x.tolist(), z[0].tolist()]
+    node = subprocess.run(["node", "-e", NODE], input=json.dumps(given), stdout=subprocess.PIPE,
+                          text=True, check=True)
+    answer = json.loads(node.stdout)
     codes, logits = model.encode(images[:1]), model.decode_logits(z)[0].flatten()
     mu, logvar = codes if isinstance(codes, tuple) else (codes, codes[:, :0])
     for key, value in {"mu": mu[0], "logvar": logvar[0], "decoded": logits.sigmoid()}.items():

@@ -185,7 +185,6 @@ def test_the_slips_above_are_all_that_the_checker_knows(tmp_path):
             fact.ask()
             known |= {(step.__name__, slip.split(": ")[0]) for slip in fact.slips}
     assert known == {(step_of(source), name) for source, name in SLIPS}
-    assert len({name for _, name in known}) >= 25
 
 
 @pytest.mark.parametrize("source", [source for source, in cases(UNUSUAL)])

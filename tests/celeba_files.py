@@ -11,7 +11,7 @@ from PIL import Image
 
 from draw import face_factors, paint_faces
 
-# The forty attributes in the order of the official file, and when a drawing has one of them.
+# The forty attributes in the order of the official file.
 CELEBA_ATTRIBUTES = (
     "5_o_Clock_Shadow Arched_Eyebrows Attractive Bags_Under_Eyes Bald Bangs Big_Lips Big_Nose "
     "Black_Hair Blond_Hair Blurry Brown_Hair Bushy_Eyebrows Chubby Double_Chin Eyeglasses Goatee "
@@ -20,26 +20,12 @@ CELEBA_ATTRIBUTES = (
     "Straight_Hair Wavy_Hair Wearing_Earrings Wearing_Hat Wearing_Lipstick Wearing_Necklace "
     "Wearing_Necktie Young"
 ).split()
-DRAWN_ATTRIBUTES = {
-    "Bangs": lambda f: f["fringe"] > 0.7,
-    "Black_Hair": lambda f: f["hair_colour"] < 0.15,
-    "Blond_Hair": lambda f: (f["hair_colour"] > 0.65) & (f["hair_colour"] < 0.87),
-    "Brown_Hair": lambda f: (f["hair_colour"] > 0.15) & (f["hair_colour"] < 0.6),
-    "Eyeglasses": lambda f: f["glasses"] > 0,
-    "Goatee": lambda f: f["beard"] > 0.3,
-    "Gray_Hair": lambda f: f["hair_colour"] > 0.9,
-    "Mouth_Slightly_Open": lambda f: f["mouth_open"] > 0.4,
-    "Narrow_Eyes": lambda f: f["eye_size"] < 0.9,
-    "No_Beard": lambda f: f["beard"] <= 0,
-    "Oval_Face": lambda f: f["jaw"] < 0.4,
-    "Pale_Skin": lambda f: f["skin"] < 0.15,
-    "Smiling": lambda f: f["smile"] > 0,
-}
 
 
 def write_celeba(root: str | Path, n: int, zipped: bool = False, seed: int = 0) -> Path:
     """Write <root>/celeba/, which must not exist: JPEGs of 178 x 218, in a folder or a zip; the
-    forty attributes; 80, 10 and 10 % for training, validation and test. Returns that folder."""
+    forty attributes, but for two -1; 80, 10 and 10 % for training, validation and test. Returns
+    that folder."""
     folder = Path(root) / "celeba"
     folder.mkdir(parents=True)
     (folder / "img_align_celeba").mkdir()
@@ -52,7 +38,7 @@ def write_celeba(root: str | Path, n: int, zipped: bool = False, seed: int = 0) 
     if zipped:
         shutil.make_archive(folder / "img_align_celeba", "zip", folder, "img_align_celeba")
         shutil.rmtree(folder / "img_align_celeba")
-    has = {name: has_it(factors).tolist() for name, has_it in DRAWN_ATTRIBUTES.items()}
+    has = {"Eyeglasses": factors["glasses"].tolist(), "Smiling": (factors["smile"] > 0).tolist()}
     has = [has.get(name, [False] * n) for name in CELEBA_ATTRIBUTES]
     signs = [" ".join(" 1" if value else "-1" for value in values) for values in zip(*has)]
     lines = [str(n), " ".join(CELEBA_ATTRIBUTES), *map(" ".join, zip(names, signs)), ""]

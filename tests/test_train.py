@@ -388,10 +388,9 @@ def test_faces_from_files_to_figures(tmp_path, monkeypatch, figures):
         path.unlink()
     figures.clear()
     monkeypatch.setattr(viz, "visualize_latent_space_2d", lambda *args: names.append(args[4]))
-    monkeypatch.setattr(viz, "visualize_latent_manifold", lambda *args, **more: None)
     output = run_train("--model", "celeba", "--latent-dim", 2, root=some.parent)
     assert "split by number" in output and "without attributes" in output
-    assert names == [("unknown",)] and "samples.png" in figures
+    assert names == [("unknown",)] and "manifold.png" in figures
     assert not figures.keys() & {"attributes.png", "interpolation.png"}
 
 

@@ -1,5 +1,7 @@
 """The pictures: read back from their PNGs, against models whose output is known."""
 
+import math
+
 import hypothesis.strategies as st
 import numpy as np
 import pytest
@@ -10,29 +12,29 @@ from torch.testing import assert_close
 
 import viz
 from data import Batches
-from vae import CelebAVAE
 
 
 class Known(torch.nn.Module):
-    """A linear decoder, which keeps what it is given, and codes that are the first pixels."""
+    """Codes that are the first pixels, and a decoder of one layer, which keeps what it is given. It
+    insists on evaluation mode: in training mode a figure would change a BatchNorm's averages."""
 
-    def __init__(self, latent_dim=2, shape=(1, 4, 4), kl=None, output=lambda x: x):
+    def __init__(self, latent_dim=2, shape=(1, 4, 4)):
         super().__init__()
-        self.latent_dim, self.shape, self.kl, self.output = latent_dim, shape, kl, output
-        self.z = []
-        self.weight = torch.nn.Parameter(torch.randn(latent_dim, int(np.prod(shape))))
+        self.latent_dim, self.shape, self.z = latent_dim, shape, []
+        self.weight = torch.nn.Parameter(torch.randn(latent_dim, math.prod(shape)))
 
     def encode(self, x):
+        assert not self.training
         mu = x.flatten(1)[:, : self.latent_dim]
-        if self.kl is not None:  # KL = mu^2 / 2 where sigma = 1
-            mu = torch.tensor(self.kl).mul(2).sqrt().expand(len(x), -1)
         return mu, torch.zeros_like(mu)
 
     def decode(self, z):
+        assert not self.training
         self.z.append(z)
-        return self.output(z @ self.weight).view(-1, *self.shape)
+        return torch.sigmoid(z @ self.weight).view(-1, *self.shape)
 
     def sample(self, num_samples, device=None):
+        assert not self.training
         self.drawn = torch.rand(num_samples, 16)
         return self.drawn
 
@@ -86,54 +88,51 @@ def test_figures_show_every_pixel_at_its_place(tmp_path_factory, n, columns, cha
 def test_interpolation_has_its_ends_exactly_and_is_linear(latent_dim, steps):
     model, (start, end) = Known(latent_dim), torch.randn(2, latent_dim)
     images = viz.interpolate_latent_space(model, start, end, steps)
-    assert torch.equal(model.z[0][0], start) and torch.equal(model.z[0][-1], end)
-    assert images.shape == (steps, 1, 4, 4)
-    assert_close(images[[0, -1]], model.decode(torch.stack([start, end])))
-    differences = images.diff(dim=0)
-    assert_close(differences, differences[:1].expand_as(differences))
+    (z,) = model.z
+    assert torch.equal(z[0], start) and torch.equal(z[-1], end)
+    assert_close(z.diff(dim=0), ((end - start) / (steps - 1)).expand(steps - 1, -1))
+    assert_close(images, model.decode(z))
 
 
 def test_the_manifold_has_equal_steps_in_probability_right_and_up(tmp_path, saved):
-    """Of pictures as bright as the probability below z_1, plus that below z_2."""
-    model, below = Known(), torch.special.ndtr
-    model.decode = lambda z: (below(z) @ torch.tensor([[0.25], [0.75]])).expand(-1, 9)
+    model = Known(shape=(1, 3, 3))
+    model.weight.data = torch.tensor([[0.5], [1.5]]).expand(2, 9)
     viz.visualize_latent_manifold(model, "cpu", tmp_path / "m.png", n=5, digit_size=3)
     picture = read_tiles(tmp_path / "m.png", 5, 5, 3, 2, gap=0)[:, 0, 1, 1].view(5, 5)
-    middles = (torch.arange(5) + 0.5) / 5
-    assert_same(picture, 0.25 * middles + 0.75 * middles.flip(0)[:, None])
-    # the standard normal's quantiles of 10, 30, ... 90 %
+    z = torch.tensor([-1.2816, -0.5244, 0, 0.5244, 1.2816])  # where N(0, 1) has 10, 30, ... 90 %
+    assert_same(picture, torch.sigmoid(0.5 * z + 1.5 * z.flip(0)[:, None]))
     assert labels(saved[0]) == [["z2=1.3", "0.5", "0.0", "-0.5", "-1.3"],
-                                  ["z1=-1.3", "-0.5", "0.0", "0.5", "1.3"]]
+                                ["z1=-1.3", "-0.5", "0.0", "0.5", "1.3"]]
 
 
-def test_traversals_are_ordered_by_kl_and_move_one_latent_at_a_time(tmp_path, drawn, saved):
-    model = Known(3, (1, 28, 28), [0.5, 2.0, 0.0], torch.sigmoid)
-    loader = Batches(drawn.images[:50], drawn.labels[:50], 20)
-    viz.visualize_traversals(model, loader, "cpu", tmp_path / "t.png", num_steps=5)
-    z, mu = model.z[0].view(3, 5, 3), model.encode(torch.zeros(1, 1))[0][0]
-    assert labels(saved[0]) == [["z2: 2.00 nats", "z1: 0.50 nats", "z3: 0.00 nats"],
-                                  ["-2.5", "-1.2", "0.0", "1.2", "2.5"]]
-    for row, moved in enumerate([1, 0, 2]):
-        assert_close(z[row, :, moved], torch.linspace(-2.5, 2.5, 5))
-        still = [j for j in range(3) if j != moved]
-        assert_close(z[row][:, still], mu[still].expand(5, 2))
-
-    # With fewer rows than latents, the last row is the latent that is used least.
-    viz.visualize_traversals(model, loader, "cpu", tmp_path / "t.png", num_dims=2, num_steps=5)
-    z = model.z[1].view(2, 5, 3)
-    assert [row.std(dim=0).argmax().item() for row in z] == [1, 2]
+def test_traversals_are_ordered_by_kl_and_move_one_latent_at_a_time(tmp_path, saved):
+    """If they cannot have a row each, the last row is the latent that is used least."""
+    images = torch.randint(100, (50, 1, 4, 4), dtype=torch.uint8)
+    codes = images.view(50, -1)[:, :3]
+    codes *= torch.tensor([1, 2, 0], dtype=torch.uint8)
+    model, loader = Known(3), Batches(images, torch.arange(50), 20)
+    for num_dims, order in ((10, [1, 0, 2]), (2, [1, 2])):
+        viz.visualize_traversals(model, loader, "cpu", tmp_path / "t.png", num_dims, num_steps=5)
+        expected = (codes[0] / 255).repeat(len(order), 5, 1)
+        for row, moved in enumerate(order):
+            expected[row, :, moved] = torch.linspace(-2.5, 2.5, 5)
+        assert_close(model.z.pop(), expected.flatten(0, 1))
+    kl = (codes / 255).pow(2).mean(dim=0) / 2  # where sigma = 1
+    assert labels(saved[0]) == [[f"z{j + 1}: {kl[j]:.2f} nats" for j in (1, 0, 2)],
+                                ["-2.5", "-1.2", "0.0", "1.2", "2.5"]]
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_reconstructions_and_interpolations_show_the_inputs(tmp_path, channels, saved):
     images = torch.randint(256, (6, channels, 28, 28), dtype=torch.uint8)
     loader, x = Batches(images, torch.arange(6), 6), images / 255
-    model = Known(2, (channels, 28, 28), output=torch.sigmoid)
-    decoded = model.decode(model.encode(x)[0])
+    model = Known(2, (channels, 28, 28))
+    decoded = torch.sigmoid(x.flatten(1)[:, :2] @ model.weight).view(x.shape)
     viz.visualize_reconstruction(model, loader, "cpu", tmp_path / "r.png", num_samples=6)
     assert_same(read_tiles(tmp_path / "r.png", 2, 6, 28, 3), torch.cat([x, decoded]))
-    viz.visualize_interpolation(model, loader, "cpu", tmp_path / "i.png", num_pairs=2, num_steps=4)
-    shown = read_tiles(tmp_path / "i.png", 2, 6, 28, 3)
+    path = tmp_path / "i.png"
+    viz.visualize_interpolation(model.train(), loader, "cpu", path, num_pairs=2, num_steps=4)
+    shown = read_tiles(path, 2, 6, 28, 3)
     assert_same(shown[[0, 5, 6, 11]], x[:4])  # at the ends of the rows
     assert_same(shown[[1, 4, 7, 10]], decoded[:4])
     assert labels(saved[0])[0] == ["input", "decoded"]
@@ -156,7 +155,6 @@ def test_the_scatter_shows_every_class_at_its_codes_in_its_own_colour(tmp_path, 
     prior = torch.randn(100_000, 2).norm(dim=1)
     shares = [(prior < circle.radius).double().mean().item() for circle in axes.patches]
     assert shares == pytest.approx([0.5, 0.95], abs=0.01)
-    assert Image.open(tmp_path / "s.png").size[0] > 800
 
 
 def test_attributes_are_added_and_taken_away_along_the_difference_of_means(tmp_path, saved):
@@ -166,44 +164,20 @@ def test_attributes_are_added_and_taken_away_along_the_difference_of_means(tmp_p
     even = torch.arange(40) % 2 == 0
     flat[:, 1] = torch.where(even, 200, 50)
     loader = [(x / 255, y) for x, y in zip(images.split(15), torch.arange(40).split(15))]
-    model = Known(3, (3, 4, 4), output=torch.sigmoid)
-    some = torch.rand(40).sort().values  # the first that is above the mean is in a later batch
+    model = Known(3, (3, 4, 4))
+    some = torch.arange(40.0) ** 2  # the first above the mean, 23, is in the second batch
     attributes = {"even": even.to(torch.uint8), "real": some}
     viz.visualize_attributes(model, loader, "cpu", tmp_path / "a.png", attributes)
     rows, columns = labels(saved[0])
     assert rows == ["even", "real"]
     assert columns == ["input", "+0", "+0.5", "+1", "+1.5", "+2",
                        "input", "-0", "-0.5", "-1", "-1.5", "-2"]
-    z = flat[:, :3] / 255
-    for number, has in enumerate((even, some > some.mean())):
+    z, steps = flat[:, :3] / 255, torch.linspace(0, 2, 5)[:, None]
+    for has, walks in ((even, model.z[:2]), (some > some.mean(), model.z[2:])):
         direction = z[has].mean(dim=0) - z[~has].mean(dim=0)
-        added, taken = model.z[2 * number : 2 * number + 2]
-        without, with_it = z[~has][0], z[has][0]
-        for step in range(5):
-            assert_close(added[step], without + step / 2 * direction)
-            assert_close(taken[step], with_it - step / 2 * direction)
-    first_above = (some > some.mean()).nonzero()[0].item()
-    assert first_above >= 15
+        assert_close(walks, [z[~has][0] + steps * direction, z[has][0] - steps * direction])
     shown = read_tiles(tmp_path / "a.png", 2, 12, 4, 21)
-    assert_same(shown[[0, 6, 12, 18]], images[[1, 0, 0, first_above]] / 255)  # the inputs
-
-
-def test_figures_leave_batchnorm_as_it_is(tmp_path, faces, monkeypatch):
-    paths = []
-    monkeypatch.setattr(viz, "save", lambda figure, path, note: paths.append(path))
-    model = CelebAVAE(latent_dim=2).train()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    loader = Batches(faces.images[:20], faces.labels[:20], 7)
-    config = {"model": "celeba", "dataset": "faces", "notice": "", "seed": 0, "recon": "bce",
-              "latent_dim": 2, "test_images": 20}
-    history = [{"epoch": 1} | {f"{a}_{b}": 1.0 for a in ("train", "test")
-                               for b in ("loss", "recon", "kl")}]
-    factors = {name: values[:20] for name, values in faces.factors.items()}
-    viz.draw_run(tmp_path, model, config, history, loader, factors)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert sorted(paths) == [tmp_path / f"{name}.png" for name in (
-        "attributes", "interpolation", "latent_space", "manifold", "reconstruction", "samples",
-        "training", "traversals")]
+    assert_same(shown[[0, 6, 12, 18]], images[[1, 0, 0, 23]] / 255)  # the inputs
 
 
 def test_samples_are_what_the_model_draws(tmp_path):
@@ -229,9 +203,8 @@ def test_training_curves_are_those_of_the_history(tmp_path, saved):
 
 
 def test_a_note_is_printed_on_the_figure(tmp_path):
-    images = torch.zeros(1, 1, 28, 28)
-    for name, note in (("with", "built-in digits, not mnist"), ("without", "")):
-        viz.save_tiles(images, 1, tmp_path / name, note, scale=20)
-        picture = np.array(Image.open(tmp_path / name).convert("RGB")).astype(int)
+    for note in ("built-in digits, not mnist", ""):
+        viz.save_tiles(torch.zeros(1, 1, 28, 28), 1, tmp_path / "tiles.png", note, scale=20)
+        picture = np.array(Image.open(tmp_path / "tiles.png").convert("RGB")).astype(int)
         red = (picture[..., 0] - picture[..., 1] > 80).sum()
         assert red > 50 if note else red == 0

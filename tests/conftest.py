@@ -115,18 +115,6 @@ def figures(monkeypatch):
     return saved
 
 
-def overfit(model, images: torch.Tensor, steps: int, beta: float = 1.0) -> list[float]:
-    """Train on one batch; the loss at every step."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(steps):
-        optimizer.zero_grad()
-        losses.append(model.loss(images, None, beta)[0])
-        losses[-1].backward()
-        optimizer.step()
-    return [loss.item() for loss in losses]
-
-
 def run_script(*args, cwd: Path) -> subprocess.CompletedProcess:
     """Run one of the project's scripts as a user does, without a network."""
     env = {k: v for k, v in os.environ.items() if k not in ("VAE_DATA_DIR", "no_proxy", "NO_PROXY")}

@@ -5,19 +5,17 @@ import torch
 import torch.nn.functional as F
 import train
 from ae import Autoencoder
-from conftest import assert_user_error, overfit, run_here
+from conftest import assert_user_error, run_here
 from vae import VAE
 
 
-def test_shapes_ranges_and_loss_and_that_it_learns(drawn):
+def test_the_loss_is_the_squared_error_and_both_networks_learn_from_it():
     model, x = Autoencoder(latent_dim=3), torch.rand(5, 1, 28, 28)
-    x_recon, z = model(x)
-    assert z.shape == (5, 3) and x_recon.shape == model.sample(5).shape == (5, 784)
-    assert 0 <= x_recon.min() and x_recon.max() <= 1 and torch.equal(model(x)[0], x_recon)
-    error = F.mse_loss(x_recon, x.flatten(1), reduction="sum")
-    torch.testing.assert_close(model.loss(x, None, beta=3.0), (error, error, 0 * error))
-    losses = overfit(Autoencoder(), drawn.images[:64] / 255, steps=100)
-    assert losses[-1] < 0.2 * losses[0]
+    error = F.mse_loss(model(x)[0], x.flatten(1), reduction="sum")
+    loss = model.loss(x, None, beta=3.0)
+    torch.testing.assert_close(loss, (error, error, 0 * error))
+    loss[0].backward()
+    assert all(p.grad.any() for p in model.parameters())
 
 
 def test_the_comparison_prints_where_codes_of_7_and_codes_from_n_0_4_lie(

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import overfit
 from hypothesis import given, settings
 from torch.testing import assert_close
 
@@ -188,25 +187,14 @@ def test_model_loss_is_the_vae_loss_of_its_forward_pass(architecture):
 
 
 @pytest.mark.parametrize("architecture", MODELS)
-@pytest.mark.parametrize("bias", [-1e6, 1e6])
-def test_logvar_is_clamped_so_loss_and_gradients_are_finite_whatever_it_is(architecture, bias):
-    model, x = architecture(latent_dim=4), random_images(3, architecture)
-    head = model.encoder_fc_logvar if architecture is VAE else model.fc_logvar
-    with torch.no_grad():
-        head.bias.fill_(bias)
-    assert (model.encode(x)[1] == math.copysign(10, bias)).all()
-    total, recon, kl = model.loss(x, None)
-    total.backward()
-    assert torch.isfinite(torch.stack([total, recon, kl])).all()
+def test_logvar_is_clamped_and_gradients_are_finite_and_come_through_z(architecture):
+    model, x = architecture(latent_dim=2), random_images(3, architecture)
+    prefix = "encoder_fc" if architecture is VAE else "fc"
+    model.get_parameter(f"{prefix}_logvar.bias").data = torch.tensor([-1e6, 1e6])
+    assert torch.equal(model.encode(x)[1], torch.tensor([[-10.0, 10.0]]).expand(3, 2))
+    model.loss(x, None, beta=0.0)[0].backward()  # of recon, which knows the encoder by z alone
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
-
-
-def test_overfits_32_images(drawn):
-    model, x = VAE(), drawn.images[:32] / 255
-    losses = overfit(model, x, steps=120, beta=0.01)
-    # Well below what a decoder can reach that ignores z: the best constant picture.
-    constant = torch.logit(x.mean(dim=0, keepdim=True).clamp(1e-6, 1 - 1e-6)).expand(x.shape)
-    assert losses[-1] < 0.85 * bce_from_logits(constant, x).sum() < 0.5 * losses[0]
+    assert model.get_parameter(f"{prefix}_mu.weight").grad.any()
 
 
 @pytest.mark.parametrize("architecture", [*MODELS, Autoencoder])

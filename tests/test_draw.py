@@ -140,6 +140,7 @@ AREA, X, Y = 0, 1, 2  # of an extent
     ("fringe", 0, 1, AREA, "hair_colour", {}),
     ("beard", 0, 1, AREA, "hair_colour", {"rows": (40, 60)}),
     ("mouth_open", 1, 0, AREA, "skin", {"rows": (38, 58)}),
+    ("glasses", 1, 0, AREA, "eye_colour", {}),  # through which it is paler
     ("brows", -1, 1, Y, "hair_colour",
      {"rows": (14, 30), "columns": (26, 38), "fringe": 0, "turn": 0}),
 ])

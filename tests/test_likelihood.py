@@ -257,9 +257,8 @@ def test_redrawing_shows_the_binary_pixels_of_a_binarized_run(run, mnist_root, m
 
 
 @pytest.mark.parametrize("changed, words", [
-    ({"recon": "mse"}, ["--recon mse"]), ({"dataset": "faces"}, ["faces", "grey"]),
+    ({"recon": "mse"}, ["--recon mse"]), ({"model": "celeba"}, ["celeba on mnist", "grey"]),
     ({"model": "ae", "recon": "mse"}, ["ae on mnist"]),
-    ({"test_images": 299}, ["tested on 299 images", "--data-dir"]),
 ])
 def test_a_run_that_cannot_be_evaluated_is_refused(run, mnist_root, monkeypatch, changed, words):
     checkpoint = train.load_run(run)[1]

@@ -231,7 +231,7 @@ def download(i: int, folder: Path) -> None:
     """Downloads: 404, 500, refused, stalled, cut, too long, wrong; a full disk; two at once"""
     name, kind = ("mnist", "fashion-mnist", "kmnist")[i % 3], [*KINDS][i % len(KINDS)]
     served = {path.name: path.read_bytes() for path in (home() / "data" / "mnist").iterdir()}
-    sums = [data.sha256(served[f"{stem}.gz"]) for stem in data.IDX_FILES]
+    sums = " ".join(data.checksum(served[f"{stem}.gz"]) for stem in data.IDX_FILES)
 
     def load(*kinds: str) -> None:
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), BadServer)

@@ -14,34 +14,25 @@ TEXTS = {name: (PROJECT / name).read_text()
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
-@pytest.fixture
-def here(tmp_path, monkeypatch, drawn, faces):
-    """A folder in which the blocks run, on some of the images."""
+@pytest.mark.usefixtures("no_figures")
+def test_the_blocks_train_a_vae_and_encode_a_picture(tmp_path, monkeypatch, drawn, faces, capsys):
+    """On some of the images."""
     monkeypatch.chdir(tmp_path)
     small = {name: data.Split(split.images[:n], split.labels[:n], {})
              for name, split, n in (("digits", drawn, 1500), ("faces", faces, 20))}
-    monkeypatch.setattr(data, "load_dataset", lambda name, root=None: (small[name], small[name]))
-    monkeypatch.setattr(train, "load_dataset", data.load_dataset)
-    return tmp_path
-
-
-def test_the_first_block_trains_a_vae(here, capsys):
-    found = {}
-    exec(PYTHON[0], found)
+    for module in (data, train):
+        monkeypatch.setattr(module, "load_dataset", lambda name, *root: (small[name],) * 2)
+    first, second = PYTHON
+    exec(first, found := {})
     losses = [float(line.split()[3]) for line in capsys.readouterr().out.splitlines()]
     assert len(losses) == 3 and losses[-1] < losses[0] < 784
     assert found["new"].shape == (64, 28, 28) and 0 <= found["new"].min() <= found["new"].max() <= 1
-    assert len(PYTHON[0].splitlines()) <= 20
+    assert len(first.splitlines()) <= 20
 
-
-@pytest.mark.usefixtures("no_figures")
-def test_the_other_block_encodes_a_picture(here):
-    options = "--dataset faces --epochs 1 --latent-dim 8 --out runs/folder-celeba"
-    train.main(options.split())
+    train.main("--dataset faces --epochs 1 --latent-dim 8 --out runs/folder-celeba".split())
     Image.new("RGB", (300, 200), "green").save("me.jpg")
-    exec(PYTHON[1], found := {})
+    exec(second, found := {})
     assert found["mu"].shape == (1, 8) and found["image"].shape == (1, 3, 64, 64)
-    assert len(PYTHON) == 2
 
 
 def test_commands_and_links_lead_somewhere(tmp_path):

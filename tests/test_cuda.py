@@ -9,7 +9,7 @@ import ex6_likelihood
 import pytest
 import torch
 from ex5_kl_annealing import RowVAE
-from conftest import GPU, PROJECT, assert_user_error, run_here
+from conftest import GPU, PROJECT
 
 import train
 from ae import Autoencoder
@@ -84,7 +84,7 @@ def test_training_in_bfloat16_ends_where_float32_does(mnist_root, tmp_path):
 
 
 def test_a_run_moves_between_devices_with_its_order_of_images(mnist_root, tmp_path, monkeypatch):
-    """The autoencoder draws no noise, so its losses must be the CPU's, too; its figures are drawn."""
+    """The autoencoder draws no noise, so its losses must be the CPU's, too; figures are drawn."""
     orders, batch = {}, Batches.batch
     monkeypatch.setattr(Batches, "batch", lambda self, index: (
         orders.setdefault(out, []).append(index.cpu()) or batch(self, index)
@@ -129,17 +129,6 @@ def test_torchrun_trains_on_a_gpu_and_ends_cleanly(mnist_root, tmp_path):
     assert result.returncode == 0 and "saved in" in result.stdout, result
     assert "cuda:0" in result.stdout and "Error" not in result.stderr, result.stderr
     assert len(train.load_run(tmp_path / "run")[1]["history"]) == 2
-
-
-def test_memory_that_is_full_ends_in_one_line(mnist_root, tmp_path):
-    torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(0.002)
-    try:
-        result = run_here(train.main, "--data-dir", mnist_root, "--latent-dim", 2**16,
-                          "--out", tmp_path / "run")
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-    assert_user_error(result, "memory is full", "--batch-size")
 
 
 @pytest.mark.parametrize("amp", [False, True])

@@ -9,8 +9,6 @@ import sys
 import pytest
 import torch
 from conftest import PROJECT, assert_user_error, run_here
-from torch.distributions import Normal, kl_divergence
-from torch.nn.utils import parameters_to_vector
 
 import train
 from ae import Autoencoder
@@ -88,53 +86,33 @@ def two(beside):
     return home, list(map(json.loads, kept)), subprocess.CompletedProcess((), status, out, err)
 
 
-def losses(history):
-    return torch.tensor([[row["train_loss"], row["test_loss"]] for row in history])
-
-
 @pytest.mark.usefixtures("no_figures")
 def test_two_processes_train_an_autoencoder_to_the_numbers_of_one(two, tmp_path, mnist_root):
     """It draws no noise."""
     folder, common = two[0] / "disk0" / "ae", [*AE, "--data-dir", mnist_root, "--epochs", 3]
     assert run_here(train.main, *common, "--out", tmp_path / "one").returncode == 0
     (model, run), (other, alone) = map(train.load_run, (folder, tmp_path / "one"))
-    torch.testing.assert_close(losses(run["history"]), losses(alone["history"]), rtol=1e-5, atol=0)
-    weights = (parameters_to_vector(m.parameters()) for m in (model, other))
-    torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-5)
+    for row, expected in zip(run["history"], alone["history"], strict=True):
+        assert row == pytest.approx(expected | {"seconds": row["seconds"]}, rel=1e-5)
+    torch.testing.assert_close(model.state_dict(), other.state_dict(), rtol=1e-3, atol=1e-5)
     resumed = run_here(train.main, *common, "--out", folder, "--resume")
     assert_user_error(resumed, "processes 2, not 1")
 
 
-@pytest.mark.usefixtures("no_figures")
-def test_two_processes_train_a_vae_to_the_losses_of_one_within_the_noise(two, tmp_path, mnist_root):
-    found = []
-    for folder in (tmp_path / seed for seed in "012"):
-        options = [*MLP, "--data-dir", mnist_root, "--seed", folder.name, "--out", folder]
-        assert run_here(train.main, *options).returncode == 0
-        found.append(losses(train.load_run(folder)[1]["history"]))
-    std, mean = torch.std_mean(torch.stack(found), dim=0)
-    assert ((losses(two[1][0]["mlp"][1]) - mean).abs() <= 5 * std + 0.02 * mean).all()
-
-
 def test_the_first_process_decides_and_the_others_follow(two):
     """Which data, from which epoch on, whether a run is in the way. In the end all have the same
-    weights, those of BatchNorm, too; and the first one alone has printed and written."""
+    weights, those of BatchNorm, too; and the first one alone has printed and written. Data that
+    only the first one has end the run: the other one does not train on its fallback."""
     home, (first, second), end = two
     runs = {"ae": "mnist", "odd": "mnist", "mlp": "mnist", "faces": "faces", "fallback": "digits"}
     for name, dataset in runs.items():
         (config, *same), (other, *as_first) = first[name][:3], second[name][:3]
         assert config["dataset"] == other["dataset"] == dataset and same == as_first
         assert config["processes"] == 2 and len(first[name][1]) == config["epochs"]
-    config = json.loads((home / "disk0" / "fallback" / "config.json").read_text())
-    assert config["notice"] == "built-in digits, not mnist" and config["dataset"] == "digits"
+    assert first["fallback"][0]["notice"] == "built-in digits, not mnist"
     assert "taken: is there already" in first["taken"] and second["taken"] == "SystemExit(2)"
     assert os.listdir(home / "disk0" / "taken") == []
     assert os.listdir(home / "disk1") == ["kept.json"] and end.stdout.count("\nepoch") == 12
-
-
-def test_data_that_only_the_first_process_has_end_the_run(two):
-    """The other one does not train on its fallback."""
-    home, _, end = two
     assert end.returncode != 0 and not list(home.glob("disk?/end/*"))
     assert re.search("^error: mnist: .*none1/mnist/.* is missing", end.stderr, re.MULTILINE)
     assert not (home / "none1" / "digits.npz").exists()
@@ -175,11 +153,7 @@ def test_bfloat16_is_for_the_networks_and_float32_for_the_losses(architecture):
     for expected, values in zip(*found):
         assert values.dtype == torch.float32 and 0 < (values - expected).abs().max() < 0.1
     total, recon, kl = train.Loss(model, amp=True).loss(images, None, 1.0)
-    assert total.dtype == recon.dtype == torch.float32
-    if architecture is not Autoencoder:
-        mu, logvar = (values.double() for values in codes)
-        expected = kl_divergence(Normal(mu, torch.exp(logvar / 2)), Normal(0, 1)).sum().item()
-        assert kl.item() == pytest.approx(expected, rel=1e-5)
+    assert total.dtype == recon.dtype == kl.dtype == torch.float32
     recon.backward()  # reaches the encoder through z alone
     for parameter in model.parameters():
         assert parameter.dtype == parameter.grad.dtype == torch.float32

@@ -28,7 +28,7 @@ from vae import VAE, CelebAVAE
 
 FILES = {"config.json", "history.csv", "checkpoint.pt"}
 FIGURES = {"training.png", "reconstruction.png", "samples.png", "interpolation.png"}
-quick = pytest.mark.usefixtures("no_figures")
+pytestmark = pytest.mark.usefixtures("no_figures")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -115,7 +115,6 @@ def numbers(folder):
     return read_history(folder), [values.numpy().tobytes() for values in model.values()]
 
 
-@quick
 def test_a_run_is_the_loop_written_out_by_hand(tmp_path, mnist_root, drawn):
     """Losses by torch's functions, Adam by its formula (Kingma & Ba 2015), on the mean of a batch.
     An epoch's seed gives its order, then its noise; a batch is measured before its step; tests are
@@ -161,7 +160,6 @@ def test_a_run_is_the_loop_written_out_by_hand(tmp_path, mnist_root, drawn):
     assert dead.sum() > 50 and torch.equal(found["encoder_fc1.weight"][:, dead], untouched)
 
 
-@quick
 def test_a_resumed_run_gives_the_numbers_of_an_uninterrupted_one(tmp_path, mnist_root):
     """Though its data and device are named otherwise, and a file is lost between two parts."""
     options = ["--model", "conv", "--latent-dim", 5, "--beta", 2, "--limit", 150, "--epochs"]
@@ -181,7 +179,6 @@ def test_a_resumed_run_gives_the_numbers_of_an_uninterrupted_one(tmp_path, mnist
     assert checkpoint["optimizer"]["param_groups"][0]["lr"] == 0.002  # no schedule
 
 
-@quick
 def test_a_cosine_survives_ctrl_c_but_not_another_length(tmp_path, mnist_root, monkeypatch):
     def interrupted(*args):
         save_run(*args)
@@ -201,7 +198,6 @@ def test_a_cosine_survives_ctrl_c_but_not_another_length(tmp_path, mnist_root, m
     assert numbers(tmp_path / "whole") == numbers(tmp_path / "the parts")
 
 
-@quick
 def test_data_are_where_they_are_said_to_be(tmp_path, mnist_root, drawn, monkeypatch):
     """And binary ones are drawn anew for training, but for testing once, whatever the seed."""
     made, grey, binary = [], drawn.images[1000:1300], []
@@ -244,7 +240,6 @@ def as_option(key, value):
     return [f"--{key.replace('_', '-')}", *([] if value is True else [str(value)])]
 
 
-@quick
 def test_a_run_is_entered_only_to_go_on_with_it_as_it_was(tmp_path, mnist_root):
     root, folder, usual = tmp_path / "data", tmp_path / "run", vars(train.parse_args([]))
     for name in ("mnist", "fashion-mnist"):
@@ -290,7 +285,6 @@ def test_the_name_of_a_run_tells_all_that_is_not_the_default(monkeypatch):
     assert name("--batch-size", 129) == "mnist-mlp-batch-size129"
 
 
-@quick
 def test_a_run_is_saved_file_by_file_and_each_is_whole(tmp_path, mnist_root, monkeypatch):
     """The disk is full at any one of its writes. The checkpoint is first: whatever else is there,
     the run can be gone on with."""
@@ -316,7 +310,6 @@ def test_a_run_is_saved_file_by_file_and_each_is_whole(tmp_path, mnist_root, mon
         assert read_history(folder) == read_history(tmp_path / "whole")
 
 
-@quick
 def test_an_exploding_loss_ends_in_one_line_and_keeps_the_last_good_epoch(tmp_path, mnist_root):
     run_train("--hidden-dim=20", "--out", folder := tmp_path / "run", root=mnist_root)
     checkpoint, new = torch.load(folder / "checkpoint.pt", weights_only=True), tmp_path / "new"
@@ -337,6 +330,7 @@ def test_a_fallback_is_said_everywhere(model, drawing, tmp_path, monkeypatch, fi
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(data.IDX_SETS, "mnist", ("raw", ["http://127.0.0.1:9/"], ["0"] * 4))
     monkeypatch.setitem(data.DRAWN, drawing, (data.DRAWN[drawing][0], 40, 20))
+    monkeypatch.setattr(train, "draw_run", viz.draw_run)
     arguments = ["--data-dir", tmp_path, "--epochs", 1, "--latent-dim", 8, "--model", model]
     assert_user_error(run_here(train.main, *arguments), asked, "download", f"--dataset {drawing}")
     assert not (tmp_path / "runs").exists()
@@ -401,6 +395,7 @@ def test_viz_redraws_a_run_and_refuses_what_is_none(tmp_path, mnist_root, monkey
         __reduce__ = lambda self: (exec, ("open('ran', 'w')",))  # noqa: E731
 
     folder = tmp_path / "潜在 空間"
+    monkeypatch.setattr(train, "draw_run", viz.draw_run)
     run_train("--amp", "--hidden-dim", 20, "--out", folder, root=mnist_root)
     figures = {p.name: p.read_bytes() for p in folder.iterdir() if p.name not in FILES}
     assert figures.keys() == FIGURES | {"traversals.png", "explore.html"}
@@ -549,7 +544,6 @@ def test_a_run_leaves_files_and_figures_and_another_repeats_it(another, mnist_ro
                 "test_images": 300, "parameters": 785 * 400 + 401 * 4 + 3 * 400 + 401 * 784}
     assert json.loads((folder / "config.json").read_text()).items() >= expected.items()
 
-    monkeypatch.setattr(train, "draw_run", lambda *args: None)
     run_train("--latent-dim", 2, root=mnist_root)
     run_train("--latent-dim", 2, "--seed", 1, root=mnist_root)
     same, other = Path(f"{folder}-2"), Path("runs/mnist-mlp-latent-dim2-epochs2-seed1")

@@ -1,6 +1,5 @@
 """The loop of train.py as functions, and its command line as a user runs it."""
 
-import copy
 import errno
 import json
 import math
@@ -17,14 +16,12 @@ import torch.nn.functional as F
 from celeba_files import write_celeba
 from conftest import PROJECT, assert_user_error, run_here, run_script
 from torch.distributions import Normal, kl_divergence
-from torch.utils.data import DataLoader, TensorDataset
 
 import data
 import train
 import viz
-from ae import Autoencoder
 from data import Batches, UserError
-from vae import VAE, CelebAVAE
+from vae import VAE
 
 FILES = {"config.json", "history.csv", "checkpoint.pt"}
 FIGURES = {"training.png", "reconstruction.png", "samples.png", "interpolation.png"}
@@ -45,42 +42,18 @@ def another(mnist_root, tmp_path_factory):
 # ----------------------------------------------------------------------- the loop
 
 
-def test_an_epoch_on_faces_lowers_the_test_loss(faces):
-    """Measured with the running averages of BatchNorm, which have to come along."""
-    model, loader = CelebAVAE(), Batches(faces.images[:120], faces.labels[:120], batch_size=10)
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    before = train.test_epoch(model, loader, "cpu")
-    trained = train.train_epoch(model, loader, optimizer, "cpu")
-    assert train.test_epoch(model, loader, "cpu")[0] < trained[0] < before[0]
-
-
-def test_losses_are_means_per_image_whatever_the_batches(drawn):
-    """The autoencoder has no noise, so batches of 7 and of 500, and a DataLoader's, must agree."""
-    model, x, y = Autoencoder(), drawn.images[:500] / 255, drawn.labels[:500]
-    expected = (model(x)[0] - x.flatten(1)).pow(2).sum(dim=1).mean().item()
-    loaders = [Batches(drawn.images[:500], y, size) for size in (7, 500)]
-    for loader in (*loaders, DataLoader(TensorDataset(x, y), batch_size=64)):
-        loss, recon, kl = train.test_epoch(model, loader, "cpu")
-        assert loss == recon == pytest.approx(expected, rel=1e-5) and kl == 0
-
-
 def test_testing_changes_nothing_and_uses_evaluation_mode(drawn):
-    """While beta weighs the KL and nothing else."""
     loader = Batches(drawn.images[:500], drawn.labels[:500], batch_size=64)
-    norm, vae, modes, terms = torch.nn.BatchNorm2d(1), VAE(), [], set()
+    norm, vae, modes = torch.nn.BatchNorm2d(1), VAE(), []
     vae.register_module("norm", norm)
     norm.register_forward_hook(lambda *_: modes.append((norm.training, torch.is_grad_enabled())))
     vae.register_forward_pre_hook(lambda model, x: norm(*x))
-    before = copy.deepcopy(vae.state_dict())
-    for beta in (0.0, 1.0, 4.0):
-        torch.manual_seed(1)
-        loss, recon, kl = train.test_epoch(vae, loader, "cpu", beta)
-        assert loss == pytest.approx(recon + beta * kl, rel=1e-6)
-        terms.add((recon, kl))
-    torch.testing.assert_close(vae.state_dict(), before, rtol=0, atol=0)
-    assert len(terms) == 1 and not vae.training and all(p.grad is None for p in vae.parameters())
+    before = {name: values.clone() for name, values in vae.state_dict().items()}
+    train.test_epoch(vae, loader, "cpu")
+    torch.testing.assert_close(dict(vae.state_dict()), before, rtol=0, atol=0)
+    assert not vae.training and all(p.grad is None for p in vae.parameters())
     train.train_epoch(vae, loader, torch.optim.Adam(vae.parameters()), "cpu")
-    assert modes == [(False, False)] * 3 * 8 + [(True, True)] * 8
+    assert modes == [(False, False)] * 8 + [(True, True)] * 8
 
 
 def test_progress_on_a_terminal_shows_the_time_left(monkeypatch, capsys):

@@ -180,6 +180,25 @@ def test_attributes_are_added_and_taken_away_along_the_difference_of_means(tmp_p
     assert_same(shown[[0, 6, 12, 18]], images[[1, 0, 0, 23]] / 255)  # the inputs
 
 
+@pytest.mark.parametrize("n", [20, 1])
+def test_every_figure_has_its_note_and_leaves_batchnorm_as_it_is(n, tmp_path, faces, figures):
+    """One image for testing has no other beside it."""
+    model = CelebAVAE(latent_dim=2).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    loader = Batches(faces.images[:n], faces.labels[:n], 7)
+    config = {"model": "celeba", "dataset": "faces", "notice": "drawn", "seed": 0, "recon": "bce",
+              "latent_dim": 2, "test_images": n}
+    history = [{"epoch": 1} | {f"{a}_{b}": 1.0 for a in ("train", "test")
+                               for b in ("loss", "recon", "kl")}]
+    factors = {name: values[:n] for name, values in faces.factors.items()}
+    viz.draw_run(tmp_path, model, config, history, loader, factors)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    names = ["latent_space", "manifold", "reconstruction", "samples", "training", "traversals"]
+    names += ["attributes", "interpolation"] if n > 1 else []
+    assert {name: note for name, (_, note) in figures.items()} == {
+        f"{name}.png": "drawn" for name in names}
+
+
 def test_samples_are_what_the_model_draws(tmp_path):
     model = Known()
     viz.visualize_samples(model, "cpu", tmp_path / "s.png", num_samples=9)

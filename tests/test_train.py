@@ -88,13 +88,27 @@ def numbers(folder):
     return read_history(folder), [values.numpy().tobytes() for values in model.values()]
 
 
-def test_a_run_is_the_loop_written_out_by_hand(tmp_path, mnist_root, drawn):
-    """Losses by torch's functions, Adam by its formula (Kingma & Ba 2015), on the mean of a batch.
-    An epoch's seed gives its order, then its noise; a batch is measured before its step; tests are
-    at the whole beta. Nothing decays the weights."""
+def test_a_run_is_the_loop_written_out_by_hand(tmp_path, mnist_root, drawn, monkeypatch):
+    """Though Ctrl-C ends it and it goes on. Losses by torch's functions, Adam by its formula
+    (Kingma & Ba 2015), on the mean of a batch. An epoch's seed gives its order, then its noise; a
+    batch is measured before its step; tests are at the whole beta. Nothing decays the weights."""
+
+    def interrupted(*args):
+        save_run(*args)
+        raise KeyboardInterrupt
+
+    save_run, folder = train.save_run, tmp_path / "the run"
     options = ["--beta", 2, "--kl-anneal", 2, "--lr", 0.003, "--lr-schedule", "cosine", "--seed", 7,
-               "--batch-size", 100, "--limit", 450, "--hidden-dim", 50, "--latent-dim", 3]
-    run_train(*options, "--epochs", 3, "--out", tmp_path / "run", root=mnist_root)
+               "--batch-size", 100, "--limit", 450, "--hidden-dim", 50, "--latent-dim", 3,
+               "--data-dir", mnist_root, "--out", folder, "--epochs"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save_run", interrupted)
+        result = run_here(train.main, *options, 3)
+    hint = f"\ninterrupted; the same command with --out '{folder}' --resume goes on\n"
+    assert result.returncode == 130 and result.stderr == hint
+    assert_user_error(run_here(train.main, *options, 4, "--resume"), "epochs 3, not 4")
+    run_train(*options, 3, "--resume", root=mnist_root)
+
     torch.manual_seed(7)
     p = dict(VAE(784, 50, 3).named_parameters())
     dead = drawn.images[:450].amax((0, 1)).flatten() == 0  # pixels from which no gradient comes
@@ -114,7 +128,7 @@ def test_a_run_is_the_loop_written_out_by_hand(tmp_path, mnist_root, drawn):
         kl = kl_divergence(q, Normal(0, 1)).sum()
         return torch.stack([recon + beta * kl, recon, kl])
 
-    for epoch, row in enumerate(read_history(tmp_path / "run"), start=1):
+    for epoch, row in enumerate(read_history(folder), start=1):
         torch.manual_seed(7 + 1_000_003 * epoch)
         beta, lr = 2 * min(1, epoch / 2), 0.003 * (1 + math.cos(math.pi * (epoch - 1) / 3)) / 2
         sums = torch.zeros(3)
@@ -128,47 +142,9 @@ def test_a_run_is_the_loop_written_out_by_hand(tmp_path, mnist_root, drawn):
         tested = loss(drawn.images[1000:1300], 2.0).detach() / 300
         expected = [epoch, beta, *(sums / 450).tolist(), *tested.tolist()]
         assert row == pytest.approx(expected, rel=1e-4)
-    found = train.load_run(tmp_path / "run")[0].state_dict()
+    found = train.load_run(folder)[0].state_dict()
     torch.testing.assert_close(found, {k: q.detach() for k, q in p.items()}, rtol=0, atol=1e-3)
     assert dead.sum() > 50 and torch.equal(found["encoder_fc1.weight"][:, dead], untouched)
-
-
-def test_a_resumed_run_gives_the_numbers_of_an_uninterrupted_one(tmp_path, mnist_root):
-    """Though its data and device are named otherwise, and a file is lost between two parts."""
-    options = ["--model", "conv", "--latent-dim", 5, "--beta", 2, "--limit", 150, "--epochs"]
-    whole, parts, elsewhere = (tmp_path / name for name in ("whole", "parts", "elsewhere"))
-    elsewhere.symlink_to(mnist_root)
-    run_train(*options, 3, "--out", whole, root=mnist_root)
-    for epochs, has in ((1, 1), (2, 2), (3, 3), (3, 3), (1, 3)):
-        free = ["--device", "cpu", "--fallback", "digits"] if epochs == 2 else []
-        root = elsewhere if epochs == 2 else mnist_root
-        before = len(read_history(parts)) if parts.exists() else 0
-        (parts / "history.csv").unlink(missing_ok=True)
-        output = run_train(*options, epochs, *free, "--out", parts, "--resume", root=root)
-        assert ("nothing left to train" in output and "has 3 epochs" in output) is (before == has)
-        assert len(read_history(parts)) == has
-    checkpoint = train.load_run(parts)[1]
-    assert numbers(whole) == numbers(parts) and checkpoint["config"]["epochs"] == 3
-    assert checkpoint["optimizer"]["param_groups"][0]["lr"] == 0.002  # no schedule
-
-
-def test_a_cosine_survives_ctrl_c_but_not_another_length(tmp_path, mnist_root, monkeypatch):
-    def interrupted(*args):
-        save_run(*args)
-        if len(args[-1]) == 2:
-            raise KeyboardInterrupt
-
-    save_run, options = train.save_run, ["--hidden-dim=20", "--lr-schedule=cosine", "--epochs", 4]
-    parts = ["--data-dir", mnist_root, "--out", tmp_path / "the parts"]
-    run_train("--out", tmp_path / "whole", *options, root=mnist_root)
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "save_run", interrupted)
-        result = run_here(train.main, *parts, *options)
-    assert result.returncode == 130 and result.stderr.startswith("\ninterrupted; ")
-    assert f"--out '{tmp_path}/the parts' --resume goes on" in result.stderr
-    assert_user_error(run_here(train.main, *parts, "--resume", *options[:-1], 6), "epochs 4, not 6")
-    run_train(*parts, "--resume", *options, root=mnist_root)
-    assert numbers(tmp_path / "whole") == numbers(tmp_path / "the parts")
 
 
 def test_data_are_where_they_are_said_to_be(tmp_path, mnist_root, drawn, monkeypatch):
@@ -214,6 +190,7 @@ def as_option(key, value):
 
 
 def test_a_run_is_entered_only_to_go_on_with_it_as_it_was(tmp_path, mnist_root):
+    """But its data and device may be named otherwise, and one of its files may be lost."""
     root, folder, usual = tmp_path / "data", tmp_path / "run", vars(train.parse_args([]))
     for name in ("mnist", "fashion-mnist"):
         shutil.copytree(mnist_root / "mnist", root / name)
@@ -226,14 +203,18 @@ def test_a_run_is_entered_only_to_go_on_with_it_as_it_was(tmp_path, mnist_root):
         result = run_here(train.main, *common, "--resume", *as_option(key, value))
         assert_user_error(result, str(folder), f"{key} {usual[key]}, not {value}")
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
+    kept = numbers(folder)
+    (folder / "history.csv").unlink()
+    others = ["--data-dir", mnist_root, "--device", "cpu", "--fallback", "digits", "--epochs", 1]
+    output = run_train(*common, "--resume", *others, root=root)
+    assert "nothing left to train" in output and "has 2 epochs" in output
+    assert numbers(folder) == kept and '"epochs": 2' in (folder / "config.json").read_text()
     (folder / "checkpoint.pt").unlink()
     for name in ("config.json", "history.csv"):  # somebody else's
         (folder / name).write_text("mine")
-        assert_user_error(run_here(train.main, *common), "is there already")
         assert_user_error(run_here(train.main, *common, "--resume"), str(folder / name), "no run")
         assert (folder / name).read_text() == "mine"
         (folder / name).rename(folder / f"my {name}")
-    assert_user_error(run_here(train.main, *common), "is there already")
     assert run_here(train.main, *common, "--resume").returncode == 0
     assert {p.name for p in folder.iterdir()} == FILES | {"my config.json", "my history.csv"}
 

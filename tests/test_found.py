@@ -75,9 +75,9 @@ def test_another_set_of_mnists_names_is_refused_by_its_own(tmp_path, drawn, monk
 
 
 def test_files_are_not_completed_by_a_download_of_something_else(tmp_path, drawn, monkeypatch):
-    folder, fetched = write_set(tmp_path, drawn), []
+    folder, fetched = write_set(tmp_path, drawn, "torchvision"), []
     monkeypatch.setattr(data, "fetch", lambda name, stem, where: fetched.append(stem) or where / (
-        f"of the network/{stem}.gz"))
+        f"of the network/{stem}"))
     shutil.copytree(folder, folder / "of the network")
     for path in folder.glob("t10k*"):
         path.unlink()
@@ -185,12 +185,18 @@ def test_a_folder_of_pictures_is_trained_on(tmp_path, monkeypatch, figures):
     run = Path("runs/my photos-celeba-latent-dim2-epochs1-batch-size10")
     assert {"reconstruction.png", "latent_space.png"} <= figures.keys() and run.is_dir()
     before = load_dataset(str(folder))
-    assert sum(len(split.images) for split in before) == 30
+    assert [len(split.images) for split in before] == [28, 2]
     for i in range(307):  # others, which move none of these to the other side
         gradient(20, 20).rotate(i).save(folder / f"{'az'[i % 2]}{i}.png")
     for old, new in zip(before, load_dataset(str(folder))):
         assert {image.numpy().tobytes() for image in old.images} <= {
             image.numpy().tobytes() for image in new.images}
+
+
+def test_one_of_a_few_pictures_is_for_testing_though_none_is_by_its_name(tmp_path):
+    for i in range(20):
+        gradient(20, 20).save(tmp_path / f"d{i}.png")
+    assert [len(split.images) for split in load_dataset(str(tmp_path))] == [19, 1]
 
 
 def test_too_few_pictures_or_no_place_are_said(tmp_path, monkeypatch):

@@ -37,7 +37,7 @@ def train_run(args):
 rank, kept, real_run, real_epoch = os.environ["RANK"], {}, train.train_run, train.train_epoch
 train.train_run, train.train_epoch, train.draw_run = train_run, train_epoch, lambda *run: None
 data.DRAWN = {name: (draw, 30, 21) for name, (draw, *_) in data.DRAWN.items()}
-data.IDX_SETS["mnist"] = ("raw", (), ())
+data.IDX_SETS["mnist"] = ("raw", (), "")
 os.chdir(f"disk{rank}")
 for folders, options in json.loads(sys.argv[1]):
     os.environ["VAE_DATA_DIR"], epochs = folders[int(rank)], []

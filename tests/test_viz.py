@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 import viz
 from data import Batches
+from vae import CelebAVAE
 
 
 class Known(torch.nn.Module):

@@ -49,7 +49,7 @@ test: .venv/ready  ## the tests: offline, on the CPU (and on a GPU what needs on
 torture: .venv/ready  ## attack files, downloads and runs: 6 minutes
 	$(RUN) tests/torture.py
 
-bench: .venv/ready  ## how fast it is, beside a plain loop and the bare products: 13 minutes
+bench: .venv/ready  ## how fast it is, beside a plain loop and the bare products: 15 minutes
 	$(RUN) tests/bench.py
 
 clean:  ## remove .venv and caches; keeps data/ and runs/

@@ -52,6 +52,6 @@ class Autoencoder(nn.Module):
 
     @torch.no_grad()
     def sample(self, num_samples: int, device: torch.device | str | None = None) -> Tensor:
-        """Decode draws from N(0, I), as a VAE does. Nothing has made these draws codes."""
+        """Decode draws from N(0, I), as a VAE does. But nothing in training put codes there."""
         device = device or next(self.parameters()).device
         return self.decode(torch.randn(num_samples, self.latent_dim).to(device))

@@ -103,7 +103,7 @@ def binarize_once(images: Tensor, seed: int = 0) -> Tensor:
 
 
 def checksum(content: bytes | np.ndarray) -> str:
-    """The first 20 digits, 80 bits, of the SHA-256."""
+    """The first 20 hexadecimal digits, 80 bits, of the SHA-256."""
     return hashlib.sha256(content).hexdigest()[:20]
 
 
@@ -127,17 +127,17 @@ def write_atomically(path: str | Path) -> Iterator[BinaryIO]:
 
 def made_once(path: Path, made_from: str, write: Callable[[BinaryIO], None],
               read: Callable[[Path], Any]) -> Any:
-    """What read(path) finds in a file that write(file) writes if it is not there: at this path or,
-    if its folder is read-only, in PROJECT_DATA. It ends with a checksum of what it is made from."""
+    """What read() finds in a file that write() makes unless it is there: at this path or, if its
+    folder is read-only, in PROJECT_DATA. The file ends with a checksum of what it is made from."""
     mark, paths = checksum(made_from.encode()).encode(), (path, PROJECT_DATA / path.name)
-    for path in paths:
+    for place in paths:
         with contextlib.suppress(Exception):  # what is damaged is made anew, however damaged
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if np.memmap(path, mode="r")[-20:].tobytes() == mark:
-                return read(path)
-    path = next((path for path in paths if os.access(path.parent, os.W_OK)), None)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if np.memmap(place, mode="r")[-20:].tobytes() == mark:
+                return read(place)
+    path = next((place for place in paths if os.access(place.parent, os.W_OK)), None)
     if path is None:
-        raise UserError(f"{paths[0].parent}: cannot be written; name another place with --data-dir")
+        raise UserError(f"{paths[0].parent}, {PROJECT_DATA}: make one of them a writable folder")
     with write_atomically(path) as file:
         write(file)
         file.write(mark)
@@ -155,7 +155,7 @@ def show_status(line: str) -> None:
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte",
              "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 # Where torchvision keeps a set, its mirrors, and the checksums of its four .gz files; of MNIST also
-# those of the labels by themselves, however they are stored.
+# those of its labels, without header and compression.
 IDX_SETS = {
     "mnist": (
         "MNIST/raw",
@@ -185,15 +185,15 @@ def load_idx(name: str, root: Path) -> tuple[Split, Split]:
             break
     there = list(filter(None, paths))
     if len(there) < 4 and not all(checksum(path.read_bytes()) in sums for path in there):
-        raise UserError(f"{folder}: has only {[path.name for path in there]}: put the rest there")
+        raise UserError(f"{folder}: has only {len(there)} of {', '.join(IDX_FILES)}: add the rest")
     folder = folder if there else root / name
     paths = [path or fetch(name, stem, folder) for path, stem in zip(paths, IDX_FILES)]
     return read_split(name, *paths[:2]), read_split(name, *paths[2:])
 
 
 def find_idx(folder: Path, stem: str) -> Path | None:
-    """This file, under either usual name; plain, or in a folder of its name, as Kaggle's archive
-    unpacks, before compressed."""
+    """The file of this stem, written with -idx or with .idx: plain, or in a folder of its own name,
+    as Kaggle's archive unpacks; if there is neither, compressed."""
     names = stem, stem.replace("-idx", ".idx")
     paths = (folder / form.format(name) for form in ("{0}", "{0}/{0}", "{0}.gz") for name in names)
     return next(filter(Path.is_file, paths), None)
@@ -228,9 +228,9 @@ def read_split(name: str, images_path: Path, labels_path: Path) -> Split:
                         "take both from one download")
     # The sets have files of the same names; their labels tell them apart.
     digests = {checksum(labels_path.read_bytes()), checksum(labels)}
-    owner = next((key for key, (*_, sums) in IDX_SETS.items() if digests & {*sums.split()}), None)
+    owner = next((key for key, (_, _, sums) in IDX_SETS.items() if digests & {*sums.split()}), None)
     if owner is None:
-        print(f"{name}: the labels in {labels_path} are of no set known here; taken as they are")
+        print(f"{name}: the labels in {labels_path} have no known checksum; taken as they are")
     elif owner != name:
         raise UserError(f"{labels_path}: is of {owner}: train on that, or name another --data-dir")
     return Split(torch.from_numpy(images)[:, None], torch.from_numpy(labels).long(), {})
@@ -268,9 +268,10 @@ def load_folder(folder: Path) -> tuple[Split, Split]:
     pictures = Pictures(folder, folder, PICTURE, crop=1.0, strict=False)
     if (n := len(pictures.names)) < 20:
         raise UserError(f"{folder}: has {n} pictures (jpg, jpeg, png, bmp or webp); 20 are needed")
-    digests = [int(checksum(name.encode()), 16) for name in pictures.names]
+    digests = [int(hashlib.sha256(name.encode()).hexdigest(), 16) for name in pictures.names]
     test = np.array([digest % 10 == 0 for digest in digests])
-    test[digests.index(min(digests))] |= not test.any()
+    if not test.any():
+        test[digests.index(min(digests))] = True
     return pictures.split(~test, "train", {}), pictures.split(test, "test", {})
 
 
@@ -285,10 +286,10 @@ def load_celeba(root: Path) -> tuple[Split, Split]:
     source = next(filter(Path.exists, sources), None)
     if source is None:
         raise DataUnavailable(
-            f"celeba: {sources[0]} is missing, and no script can download it. Fetch it, "
-            "list_eval_partition.txt and list_attr_celeba.txt by hand from "
+            f"celeba: {sources[0]} is missing, and no script can download it. Fetch it, and into "
+            "the same folder list_eval_partition.txt and list_attr_celeba.txt, by hand from "
             "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html, or train on --dataset faces")
-    # To 148 of 178 columns, a usual crop.
+    # The middle 148 of 178 columns, as is usual.
     pictures = Pictures(source, folder, CELEBA_PICTURE, crop=148 / 178, strict=True)
     names = [name.split("/")[-1] for name in pictures.names]
     if not names:
@@ -305,7 +306,7 @@ def read_list(folder: Path, stem: str, names: list[str], allowed: tuple) -> tupl
     the line before the first image, if any, and the values of these images, (columns, n)."""
     path = next(filter(Path.is_file, (folder / f"{stem}.txt", folder / f"{stem}.csv")), None)
     if path is None:
-        raise UserError(f"{folder / stem}.txt is missing: it belongs beside the pictures")
+        raise UserError(f"{folder / stem}.txt is missing: add it, or train on --dataset {folder}")
     text = path.read_text(encoding="utf-8-sig", errors="replace").replace(",", " ")
     rows = dict(CELEBA_LINE.findall(text))
     header = CELEBA_LINE.split(text, maxsplit=1)[0].strip().split("\n")[-1].split()
@@ -316,7 +317,7 @@ def read_list(folder: Path, stem: str, names: list[str], allowed: tuple) -> tupl
         if not fits or not np.isin(values, allowed).all():
             raise ValueError(f"{len(header)} names, values from {values.min()} to {values.max()}")
     except (KeyError, ValueError) as error:
-        raise UserError(f"{path}: is damaged, or of other images ({error}): fetch anew") from error
+        raise UserError(f"{path}: is damaged or lacks an image ({error}): fetch it again") from error
     return header, values
 
 
@@ -344,7 +345,8 @@ class Pictures:
         names = list(itertools.compress(self.names, chosen))
         files = [self.source / name for name in names] if self.source.is_dir() else [self.source]
         state = [(stat.st_size, stat.st_mtime_ns) for stat in map(Path.stat, files)]
-        made_from = repr((names, state, inspect.getsource(decode_picture)))
+        made_from = repr((names, state, self.crop, inspect.getsource(decode_picture)))
+        path = self.place / f"{self.source.stem}-64x64-{kind}.uint8"
 
         def write(file: BinaryIO) -> None:
             print(f"decoding {len(names):,} pictures into {path.name}, once", flush=True)
@@ -354,7 +356,6 @@ class Pictures:
                     file.writelines(pool.map(self.decode, names[first : first + 256]))
             show_status("")
 
-        path = self.place / f"{self.source.stem}-64x64-{kind}.uint8"
         pixels = made_once(path, made_from, write, lambda path: np.memmap(path, mode="c"))
         images = torch.from_numpy(pixels[:-20]).view(-1, 3, 64, 64)  # without the checksum
         if len(images) == 0:
@@ -379,7 +380,7 @@ class Pictures:
 
 def decode_picture(file: str | Path | BinaryIO, side: int = 64, mode: str = "RGB",
                    crop: float = 1.0) -> np.ndarray:
-    """The centre square of a picture, at most the share `crop` of its width, as a viewer shows it:
+    """The centre square of a picture, at most `crop` times as wide as it, as a viewer shows it:
     upright, on white, 16 bits of grey as 8. (channels, side, side), uint8; mode: "RGB" or "L"."""
     image = Image.open(file)
     ImageOps.exif_transpose(image, in_place=True)
@@ -406,12 +407,13 @@ def load_picture(path: str | Path, channels: int = 3, side: int = 64) -> Tensor:
 
 # ------------------------------------------------------------------------ all datasets
 
+DIGITS, SMILING = tuple("0123456789"), ("not smiling", "smiling")
 CLASS_NAMES = {
-    **dict.fromkeys(("mnist", "mnist-validation", "digits"), tuple("0123456789")),
+    "mnist": DIGITS, "mnist-validation": DIGITS,
     "fashion-mnist": ("T-shirt", "trousers", "pullover", "dress", "coat", "sandal", "shirt",
                       "sneaker", "bag", "ankle boot"),
     "kmnist": ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"),
-    **dict.fromkeys(("celeba", "faces"), ("not smiling", "smiling")),
+    "celeba": SMILING, "digits": DIGITS, "faces": SMILING,
 }
 DATASETS = tuple(CLASS_NAMES)
 DRAWN = {"digits": (draw.draw_digits, 60_000, 10_000), "faces": (draw.draw_faces, 20_000, 2_000)}
@@ -429,9 +431,9 @@ def load_drawn(name: str, root: Path) -> tuple[Split, Split]:
     # They are good for this very drawing only, so that an edited glyph is seen at once.
     made_from, path = Path(draw.__file__).read_text(), root / f"{name}.npz"
     arrays = made_once(path, made_from, write, lambda path: dict(np.load(path)))
-    parts = ({key: torch.from_numpy(values[part]) for key, values in arrays.items()}
-             for part in (slice(n_train), slice(-n_test, None)))
-    return tuple(Split(part.pop("images"), part.pop("labels"), part) for part in parts)
+    splits = ({key: torch.from_numpy(values[rows]) for key, values in arrays.items()}
+              for rows in (slice(n_train), slice(-n_test, None)))
+    return tuple(Split(split.pop("images"), split.pop("labels"), split) for split in splits)
 
 
 def load_dataset(name: str, root: str | Path = PROJECT_DATA) -> tuple[Split, Split]:

@@ -164,10 +164,8 @@ def draw_faces(n: int, seed: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """n faces: images, (n, 3, 64, 64), uint8; labels, 1 where the mouth smiles, else 0; and
     factors: FACE_FACTORS and "glasses"."""
     factors = face_factors(n, seed)
-    images = torch.cat([
-        paint_faces({name: values[i : i + 250] for name, values in factors.items()})
-        for i in range(0, n, 250)  # 250 at once fit into the processor's cache
-    ])
+    images = torch.cat([paint_faces({key: values[i : i + 250] for key, values in factors.items()})
+                        for i in range(0, n, 250)])  # so many fit into the processor's cache
     return images, (factors["smile"] > 0).long(), factors
 
 

@@ -117,14 +117,14 @@ def mean_per_image(sums: torch.Tensor, count: int) -> tuple[float, float, float]
 
 
 def kl_weight(epoch: int, kl_anneal: int) -> float:
-    """The weight of the KL in an epoch, counted from 1: it rises to 1 along a line, in kl_anneal
-    epochs (KL annealing; Bowman et al. 2016 raise it along a sigmoid)."""
+    """The weight of the KL in an epoch, counted from 1: it rises along a line to 1 in epoch
+    kl_anneal (KL annealing; Bowman et al. 2016 take a sigmoid). kl_anneal = 0: always 1."""
     return min(1.0, epoch / kl_anneal) if kl_anneal else 1.0
 
 
 def recorded(step: Callable) -> Callable:
-    """The step, recorded as a CUDA graph in its fourth call, and then replayed for batches of that
-    size: to launch its hundred small kernels takes eight times as long as to run them."""
+    """The step, recorded in its fourth call as a CUDA graph, and replayed for batches of that size:
+    Python takes eight times as long to launch its hundred small kernels as a GPU to run them."""
     calls, graph, buffers = 0, torch.cuda.CUDAGraph(), ()
 
     def replay(*batch: torch.Tensor) -> None:
@@ -171,7 +171,8 @@ def train_run(args: argparse.Namespace) -> tuple:
         raise UserError(f"--batch-size {args.batch_size}: is no multiple of {WORLD_SIZE} processes")
     device = find_device(args.device)
     join_processes(device)
-    asked, (args.dataset, (train_split, test_split)) = args.dataset, choose_dataset(args)
+    asked = args.dataset
+    args.dataset, (train_split, test_split) = choose_dataset(args)
     images, labels = (part[: args.limit] for part in train_split[:2])
     test_images, test_labels, factors = test_split
     if args.binarize:
@@ -202,10 +203,11 @@ def train_run(args: argparse.Namespace) -> tuple:
         if PARALLEL:
             trained = ParallelLoss(trained)
 
-        images, labels, share = images.to(device), labels.to(device), (RANK, WORLD_SIZE)
-        loader = Batches(images, labels, args.batch_size, True, args.binarize, *share)
+        images, labels = images.to(device), labels.to(device)
+        loader = Batches(images, labels, args.batch_size, shuffle=True, binarize=args.binarize,
+                         rank=RANK, world_size=WORLD_SIZE)
         test_images, test_labels = test_images.to(device), test_labels.to(device)
-        test_loader = Batches(test_images, test_labels, 1000, False, False, *share)
+        test_loader = Batches(test_images, test_labels, 1000, rank=RANK, world_size=WORLD_SIZE)
         print(f"{args.model} with {config['parameters']:,} parameters on {args.dataset}, "
               f"{len(images):,} + {len(test_images):,} images, {device}. "
               f"Losses: {loss_unit(config)}. Run: {folder}", flush=True)
@@ -269,8 +271,8 @@ def find_device(name: str, precision: str = "tf32") -> torch.device:
         return torch.device("cpu")
     index, found = int(os.environ["LOCAL_RANK"]) if PARALLEL else 0, torch.cuda.device_count()
     if index >= found:
-        raise UserError(f"--device {name}: PyTorch finds {found} CUDA GPUs, and every process needs "
-                        "one: use --device cpu, or start fewer")
+        raise UserError(f"--device {name}: PyTorch finds {found} CUDA GPUs, and every process "
+                        "needs one: use --device cpu, or start fewer")
     torch.backends.cuda.matmul.fp32_precision = precision
     torch.backends.cudnn.conv.fp32_precision = precision
     return torch.device("cuda", index)
@@ -374,7 +376,8 @@ def open_run(config: dict) -> tuple[Path, dict | None]:
             free.add("epochs")
         for key, value in config.items():
             if found.get(key) != value and key not in free:
-                raise UserError(f"{folder}: is a run with {key} {found.get(key)}, not {value}")
+                raise UserError(f"{folder}: is a run with {key} {found.get(key)}, not {value}; ask "
+                                "for the same, or name another --out")
         return folder, checkpoint
     try:
         folder.mkdir(parents=True, exist_ok=config["resume"])
@@ -417,8 +420,7 @@ def load_run(folder: str | Path) -> tuple[nn.Module, dict]:
         model.load_state_dict(checkpoint["model"])
         checkpoint["history"], checkpoint["optimizer"]  # are there, too
     except Exception as error:  # torch has many kinds for the many ways to be broken
-        reason = f"{str(error)[:80]} ..."  # which they tell at length
-        raise UserError(f"{path}: is not a checkpoint that can be read ({reason})") from error
+        raise UserError(f"{path}: is damaged, or of an exercise's model ({error!r:.80})") from error
     # channels-last as in training, where convolutions round otherwise
     return model.to(memory_format=torch.channels_last).eval(), checkpoint
 
@@ -456,12 +458,13 @@ class Parser(argparse.ArgumentParser):
 def number(kind: type, low: float, high: float = 10**9) -> Callable[[str], float]:
     """An argparse type: a number from low to high, so neither inf nor nan."""
 
-    def numeric(text: str) -> float:
-        if low <= (value := kind(text)) <= high:
-            return value
-        raise argparse.ArgumentTypeError(f"{text} is not between {low} and {high}")
+    def parse(text: str) -> float:
+        with contextlib.suppress(ValueError):
+            if low <= (value := kind(text)) <= high:
+                return value
+        raise argparse.ArgumentTypeError(f"{text} is no {kind.__name__} from {low} to {high}")
 
-    return numeric
+    return parse
 
 
 def parse_args(argv: Sequence[str], description: str = __doc__) -> argparse.Namespace:
@@ -497,11 +500,12 @@ def parse_args(argv: Sequence[str], description: str = __doc__) -> argparse.Name
         if not folder.is_dir():
             parser.error(f"--dataset {args.dataset}: is no folder, nor {', '.join(DATASETS)}")
         args.dataset = str(folder)
-    colour = args.dataset in ("celeba", "faces") or args.dataset not in DATASETS
-    args.model = args.model or ("celeba" if colour else "mlp")
-    if colour != (args.model == "celeba") or args.fallback == ("digits" if colour else "faces"):
-        parser.error(f"--model {args.model} does not fit: celeba, faces and pictures (64 x 64) are "
-                     "for --model celeba, the other datasets (28 x 28) for the other models")
+    small = {*DATASETS} - {"celeba", "faces"}  # 28 x 28 in grey; all others are 64 x 64 in colour
+    args.model = args.model or ("mlp" if args.dataset in small else "celeba")
+    for name in filter(None, (args.dataset, args.fallback)):
+        if (name in small) == (args.model == "celeba"):
+            parser.error(f"--model {args.model} does not fit {name}: celeba, faces and pictures "
+                         "(64 x 64) are for --model celeba, the others (28 x 28) for the others")
     sizes = inspect.signature(MODELS[args.model]).parameters
     args.latent_dim = args.latent_dim or sizes["latent_dim"].default
     if "hidden_dim" in sizes:

@@ -78,16 +78,14 @@ def squared_error(x_logits: Tensor, x: Tensor) -> Tensor:
     return (x - torch.sigmoid(x_logits)).pow(2).flatten(1).sum(dim=1)
 
 
-def vae_loss(
-    x_logits: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, beta: float = 1.0,
-    recon_loss: Callable[[Tensor, Tensor], Tensor] = bce_from_logits
-) -> tuple[Tensor, Tensor, Tensor]:
+def vae_loss(x_logits: Tensor, x: Tensor, mu: Tensor, logvar: Tensor, beta: float = 1.0,
+             recon_loss: Callable = bce_from_logits) -> tuple[Tensor, Tensor, Tensor]:
     """The negative ELBO, its KL weighted by beta: (total, recon, kl), summed over the batch.
 
-    x_logits, x: the same images, (batch, ...); mu, logvar: (batch, latent_dim); recon_loss:
+    x: images, (batch, ...), x_logits: as many logits; mu, logvar: (batch, latent_dim); recon_loss:
     bce_from_logits or squared_error. Three scalars, total = recon + beta * kl. kl is exact, in
-    nats. recon is a one-sample Monte Carlo estimate of -E_q(z|x)[log p(x|z)], in nats with the BCE
-    (of binary pixels), with the squared error but for a constant (see there).
+    nats. recon is a one-sample Monte Carlo estimate of -E_q(z|x)[log p(x|z)]: in nats with the BCE
+    of binary pixels, and up to a constant with the squared error (see there).
     """
     recon = recon_loss(x_logits, x).sum()
     kl = kl_divergence_gaussian(mu, logvar).sum()
@@ -173,7 +171,8 @@ class VAE(BaseVAE):
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x: (batch, ...) -> mu, logvar: (batch, latent_dim)."""
-        h = F.relu(self.encoder_fc1(of_size(x.flatten(1), self.encoder_fc1.in_features)))
+        x = of_size(x.flatten(1), self.encoder_fc1.in_features)
+        h = F.relu(self.encoder_fc1(x))
         mu, logvar = self.encoder_fc_mu(h).to(x.dtype), self.encoder_fc_logvar(h).to(x.dtype)
         return mu, logvar.clamp(*LOGVAR_RANGE)
 

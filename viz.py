@@ -66,8 +66,7 @@ def mean_codes(model: nn.Module, images: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def encode_all(model: nn.Module, loader: Iterable,
-               device: torch.device | str) -> tuple[Tensor, Tensor, Tensor]:
+def encode_all(model: nn.Module, loader: Iterable, device) -> tuple[Tensor, ...]:
     """q(z|x) of every image: mu and logvar, (n, latent_dim), and the labels, on the CPU. Of a model
     without a logvar, the codes and the labels."""
     model.eval()
@@ -310,10 +309,10 @@ def export_layers(model: nn.Module, function: Callable, x: Tensor) -> list[dict]
 
 @torch.no_grad()
 def write_explorer(folder: Path, model: nn.Module, config: dict, loader: Iterable) -> None:
-    """Fill explore.html with the model, 20 test images and the codes of up to 2,000. No page for a
+    """Fill explore.html with the model, 20 test images and the codes of two batches. No page for a
     model that export_layers does not see through, or of more than 8 million parameters (21 MB)."""
     model = copy.deepcopy(model).cpu().float().eval()
-    images, labels = (torch.cat(a).cpu() for a in zip(*(b for _, b in zip(range(2), loader))))
+    images, labels = (torch.cat(part).cpu() for part in zip(*itertools.islice(loader, 2)))
     q = model.encode(images)
     mu, use = (q[0], kl_per_latent(*q)) if isinstance(q, tuple) else (q, q.std(0, correction=0))
     layers = {"encoder": export_layers(model, model.encode, images[:64]),
@@ -352,7 +351,7 @@ def draw_run(folder: str | Path, model: nn.Module, config: dict, history: list[d
     visualize_training(history, folder / "training.png", loss_unit(config), note)
     visualize_reconstruction(model, loader, device, folder / "reconstruction.png", note=note)
     visualize_samples(model, device, folder / "samples.png", num_samples=64, note=note)
-    if config["test_images"] > 1:
+    if len(next(iter(loader))[0]) > 1:
         visualize_interpolation(model, loader, device, folder / "interpolation.png", note=note)
     if config["model"] != "ae":  # it has no KL to order its latents by
         visualize_traversals(model, loader, device, folder / "traversals.png", note=note)

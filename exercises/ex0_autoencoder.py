@@ -67,8 +67,8 @@ def main(argv: list[str] | None = None) -> None:
     usual = train.parse_args([])
     for key in ("model", "beta", "kl_anneal", "recon", "binarize", "out"):
         if getattr(args, key) != getattr(usual, key):
-            raise UserError("exercise 0 trains --model ae and mlp as they are, on grey images: leave "
-                            f"out --{key.replace('_', '-')} and colour datasets")
+            raise UserError("exercise 0 trains --model ae and mlp as they are, on grey images: "
+                            f"leave out --{key.replace('_', '-')} and colour datasets")
     models = {}
     for name, title in (("ae", "autoencoder"), ("mlp", "VAE")):
         folder = train.main([*argv, "--model", name])

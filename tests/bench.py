@@ -1,4 +1,4 @@
-"""How fast it is (make bench; 13 minutes on two cores). A part alone: python tests/bench.py runs
+"""How fast it is (make bench; 15 minutes on two cores). A part alone: python tests/bench.py runs
 
 steps: this project's beside the plain way that everyone starts with, and beside the floor, the bare
 matrix products and convolutions. runs: start-up, loading, figures, memory, processes. What is

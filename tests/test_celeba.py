@@ -151,7 +151,7 @@ def test_a_missing_set_says_what_to_put_where(tmp_path):
         load(write_set(tmp_path / "another", {"1.png": b""}))
     folder = write_set(tmp_path, shades(1, 2))
     (folder / ATTRIBUTES).unlink()
-    with pytest.raises(UserError, match=f"{folder / ATTRIBUTES} is missing"):
+    with pytest.raises(UserError, match=f"{folder / ATTRIBUTES} is missing: .* --dataset {folder}"):
         load(folder)
 
 
@@ -182,7 +182,7 @@ def test_damage_of_an_archive_is_found(tmp_path, after, at, message):
 
 
 @pytest.mark.parametrize("file, old, new, message", [
-    (PARTITION, "000003.jpg 0\n", "", "of other images .*000003.jpg"),
+    (PARTITION, "000003.jpg 0\n", "", "lacks an image .*000003.jpg"),
     (PARTITION, "000003.jpg 0\n", "000003.jpg 3\n", "damaged"),
     (PARTITION, "000003.jpg 0\n", "000003.jpg 300\n", "damaged"),
     (PARTITION, " 2", " 0", "has no pictures for testing"),

@@ -109,7 +109,8 @@ def test_digits_are_drawn_once_and_anew_if_damaged_or_draw_py_is_edited(tmp_path
     def load(module=data):
         """How often they have been drawn, when they are loaded."""
         module.DRAWN["digits"] = (small, *data.DRAWN["digits"][1:])
-        for split, i in zip(module.load_dataset("digits", tmp_path), (all_[:60_000], all_[60_000:])):
+        splits = module.load_dataset("digits", tmp_path)
+        for split, i in zip(splits, (all_[:60_000], all_[60_000:])):
             assert torch.equal(split.labels, i) and torch.equal(split.factors["class"], i)
             assert torch.equal(split.images.flatten(), i.byte())
         return len(calls)

@@ -50,7 +50,7 @@ def test_a_set_is_read_where_it_lies(tmp_path, drawn, form, name, capsys):
         place.parent.mkdir(exist_ok=True)
         folder.rename(place)
     train_split, test_split = load_dataset(train.parse_args(["--dataset", name]).dataset, tmp_path)
-    assert "are of no set known here" in capsys.readouterr().out
+    assert "have no known checksum" in capsys.readouterr().out
     assert torch.equal(train_split.images, drawn.images[:40])
     assert torch.equal(test_split.labels, drawn.labels[40:80])
 
@@ -81,7 +81,7 @@ def test_files_are_not_completed_by_a_download_of_something_else(tmp_path, drawn
     shutil.copytree(folder, folder / "of the network")
     for path in folder.glob("t10k*"):
         path.unlink()
-    with pytest.raises(UserError, match="has only .*train-images.*train-labels.*: put the rest there"):
+    with pytest.raises(UserError, match="has only 2 of .*t10k-labels-idx1-ubyte: add the rest"):
         load_dataset("mnist", tmp_path)
     official = [data.checksum(path.read_bytes()) for path in folder.glob("train*")]
     monkeypatch.setitem(data.IDX_SETS, "mnist", ("MNIST/raw", (), " ".join(official)))
@@ -195,7 +195,7 @@ def test_a_folder_of_pictures_is_trained_on(tmp_path, monkeypatch, figures):
 
 def test_one_of_a_few_pictures_is_for_testing_though_none_is_by_its_name(tmp_path):
     for i in range(20):
-        gradient(20, 20).save(tmp_path / f"d{i}.png")
+        gradient(20, 20).save(tmp_path / f"f{i}.png")
     assert [len(split.images) for split in load_dataset(str(tmp_path))] == [19, 1]
 
 
@@ -212,7 +212,7 @@ def test_too_few_pictures_or_no_place_are_said(tmp_path, monkeypatch):
         "few-64x64-train.uint8", "few-64x64-test.uint8"}
     closed.append(tmp_path / "project")
     shutil.rmtree(tmp_path / "project")
-    with pytest.raises(UserError, match="cannot be written; name another place with --data-dir"):
+    with pytest.raises(UserError, match="make one of them a writable folder"):
         load_dataset(str(folder))
 
 

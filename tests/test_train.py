@@ -137,7 +137,8 @@ def test_a_run_is_the_loop_written_out_by_hand(tmp_path, mnist_root, drawn, monk
 def test_data_are_where_they_are_said_to_be(tmp_path, mnist_root, drawn, monkeypatch):
     """And binary ones are drawn anew for training, but for testing once, whatever the seed."""
     made, grey = [], drawn.images[1000:1300]
-    monkeypatch.setattr(train, "Batches", lambda *args: made.append(Batches(*args)) or made[-1])
+    monkeypatch.setattr(train, "Batches",
+                        lambda *args, **more: made.append(Batches(*args, **more)) or made[-1])
     monkeypatch.chdir(tmp_path)
     for variable, options in (
         (mnist_root, ["--limit", "5000"]),

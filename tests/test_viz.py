@@ -188,7 +188,7 @@ def test_every_figure_has_its_note_and_leaves_batchnorm_as_it_is(n, tmp_path, fa
     before = {name: value.clone() for name, value in model.state_dict().items()}
     loader = Batches(faces.images[:n], faces.labels[:n], 7)
     config = {"model": "celeba", "dataset": "faces", "notice": "drawn", "seed": 0, "recon": "bce",
-              "latent_dim": 2, "test_images": n}
+              "latent_dim": 2}
     history = [{"epoch": 1} | {f"{a}_{b}": 1.0 for a in ("train", "test")
                                for b in ("loss", "recon", "kl")}]
     factors = {name: values[:n] for name, values in faces.factors.items()}

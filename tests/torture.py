@@ -376,7 +376,7 @@ def extreme(i: int, folder: Path) -> None:
 
 
 def surroundings(i: int, folder: Path) -> None:
-    """Jumping clocks, decimal commas, strange paths, a closed home, 20 columns, a closed pipe"""
+    """Jumping clocks, decimal commas, strange paths, a closed home, a closed pipe"""
     out, kind = folder / "Größe 数 $x_{$ 'b' \"c\" %d {0} \\n", i % 8
     reading, closed = os.pipe()
     os.close(reading)
@@ -385,7 +385,6 @@ def surroundings(i: int, folder: Path) -> None:
                  7: {"HOME": "/proc/nowhere", "XDG_CACHE_HOME": "/proc/nowhere"}}
 
     def function() -> None:
-        os.environ["COLUMNS"] = "20"
         with patch.object(time, "time", lambda: random.uniform(-1e9, 1e10)):
             train.main(options(out))
 

@@ -317,7 +317,7 @@ def read_list(folder: Path, stem: str, names: list[str], allowed: tuple) -> tupl
         if not fits or not np.isin(values, allowed).all():
             raise ValueError(f"{len(header)} names, values from {values.min()} to {values.max()}")
     except (KeyError, ValueError) as error:
-        raise UserError(f"{path}: is damaged or lacks an image ({error}): fetch it again") from error
+        raise UserError(f"{path}: is damaged or lacks images ({error}): fetch it again") from error
     return header, values
 
 

@@ -182,7 +182,7 @@ def test_damage_of_an_archive_is_found(tmp_path, after, at, message):
 
 
 @pytest.mark.parametrize("file, old, new, message", [
-    (PARTITION, "000003.jpg 0\n", "", "lacks an image .*000003.jpg"),
+    (PARTITION, "000003.jpg 0\n", "", "lacks images .*000003.jpg"),
     (PARTITION, "000003.jpg 0\n", "000003.jpg 3\n", "damaged"),
     (PARTITION, "000003.jpg 0\n", "000003.jpg 300\n", "damaged"),
     (PARTITION, " 2", " 0", "has no pictures for testing"),

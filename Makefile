@@ -46,7 +46,7 @@ exercises: .venv/ready  ## solve the exercises: under an hour; with QUICK=1 a gl
 test: .venv/ready  ## the tests: offline, on the CPU (and on a GPU what needs one)
 	$(RUN) -m pytest -q tests
 
-torture: .venv/ready  ## attack files, downloads and runs: 6 minutes
+torture: .venv/ready  ## attack files, downloads and runs: 4 minutes
 	$(RUN) tests/torture.py
 
 bench: .venv/ready  ## how fast it is, beside a plain loop and the bare products: 15 minutes

@@ -1,4 +1,4 @@
-"""Attacks on what a run stands on: its files, the network, its life (make torture; 6 minutes).
+"""Attacks on what a run stands on: its files, the network, its life (make torture; 4 minutes).
 
 Every attack is a function of a number, from which its chances are drawn, and of an empty folder; it
 raises if anything was lost that must not be. Forked processes need not import torch first.
@@ -13,6 +13,7 @@ import multiprocessing.context
 import os
 import pty
 import random
+import re
 import resource
 import shutil
 import signal
@@ -311,8 +312,8 @@ def interrupt(i: int, folder: Path) -> None:
         hint = f"the same command with --out '{out}' --resume" if unfinished else ""
         assert ended.stderr.startswith(f"\ninterrupted; {hint}"), ended
         assert ended.stderr.count("\n") == 2, ended
-    elif ended != WELL:  # amid what is imported late
-        assert "importlib" in ended.stderr, ended
+    elif ended != WELL:  # amid what is imported late, or drawn: both may catch it, or lose it
+        assert re.search("importlib|matplotlib", ended.stderr), ended
     assert not list(folder.rglob("*.part"))
     succeeds(lambda: train_short(out, "--resume"))
     is_complete(out)

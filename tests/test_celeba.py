@@ -246,6 +246,9 @@ def test_a_cache_of_another_source_or_decoder_is_not_used(tmp_path, monkeypatch)
     monkeypatch.setattr(Image, "open", None)
     (images / ".DS_Store").write_text("what a file browser leaves")
     load(folder)
+    wider = edited(data, tmp_path, lambda text: text.replace("crop=148 / 178", "crop=1.0"))
+    with pytest.raises(wider.UserError, match="is broken"):  # it decodes anew
+        load(folder, wider)
 
 
 def test_ctrl_c_ends_a_build_and_leaves_nothing(tmp_path, monkeypatch):

@@ -336,7 +336,7 @@ def test_options_follow_each_other_and_are_explained():
 
 @pytest.mark.parametrize("options, words", [option.split(" | ") for option in (
     "--beta -1 | --beta", "--beta nan | --beta", "--latent-dim 0 | --latent-dim", "--lr 0 | --lr",
-    "--epochs 0 | --epochs", "--limit 0 | --limit", "--lr inf | --lr", "--seed x | --seed",
+    "--epochs 0 | --epochs", "--limit 0 | --limit", "--lr inf | --lr", "--seed x | --seed int",
     "--unknown | --unknown --help", "--data-dir nowhere | nowhere", "--seed 1 | variable",
     "--resume | --resume --out",
     "--model ae --beta 4 | ae --beta", "--model ae --kl-anneal 2 | ae --kl-anneal",

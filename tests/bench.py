@@ -1,14 +1,13 @@
 """How fast it is (make bench; 15 minutes on two cores). A part alone: python tests/bench.py runs
 
 steps: this project's beside the plain way that everyone starts with, and beside the floor, the bare
-matrix products and convolutions. runs: start-up, loading, figures, memory, processes. What is
+matrix products and convolutions. runs: start-up, loading, figures, processes. What is
 compared takes turns, as a machine's speed drifts; shown are medians, also of the ratios in a turn.
 """
 
 import itertools
 import os
 import re
-import resource
 import sys
 import tempfile
 import time
@@ -169,8 +168,6 @@ def runs() -> None:
                 f"{name}, 20,000 images, an epoch of one process": lambda: an_epoch(name),
                 f"{name}, 20,000 images, an epoch of two": lambda: an_epoch(name, *two),
             })
-    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
-    print(f"peak memory of a process: {peak:,.0f} MB")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import ex6_likelihood
 import pytest
 import torch
 from ex5_kl_annealing import RowVAE
-from conftest import GPU, PROJECT
+from conftest import GPU, PROJECT, assert_user_error, run_here
 
 import train
 from ae import Autoencoder
@@ -129,6 +129,17 @@ def test_torchrun_trains_on_a_gpu_and_ends_cleanly(mnist_root, tmp_path):
     assert result.returncode == 0 and "saved in" in result.stdout, result
     assert "cuda:0" in result.stdout and "Error" not in result.stderr, result.stderr
     assert len(train.load_run(tmp_path / "run")[1]["history"]) == 2
+
+
+def test_memory_that_is_full_ends_in_one_line(mnist_root, tmp_path):
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(0.002)
+    try:
+        result = run_here(train.main, "--data-dir", mnist_root, "--latent-dim", 2**16,
+                          "--out", tmp_path / "run")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert_user_error(result, "memory is full", "--batch-size")
 
 
 @pytest.mark.parametrize("amp", [False, True])

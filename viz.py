@@ -160,7 +160,7 @@ def visualize_training(history: list[dict], path, unit: str = "nats per image",
         for split, style in (("train", ".--"), ("test", ".-")):
             axes.plot(epochs, [row[f"{split}_{term}"] for row in history], style, label=split)
         axes.set(xlabel="epoch", title=term)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel(unit)
     panels[0].legend()
@@ -187,7 +187,7 @@ def visualize_latent_space_2d(model: nn.Module, test_loader: Iterable, device, p
         radius = (-2 * np.log(1 - share)) ** 0.5  # |z|^2 is exponential with mean 2
         axes.add_patch(Circle((0, 0), radius, fill=False, linestyle=":", color="black"))
     axes.set(xlabel="$z_1$", ylabel="$z_2$", aspect="equal")
-    legend = axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), markerscale=5, frameon=False)
+    legend = figure.legend(loc="outside right center", markerscale=5, frameon=False)
     for handle in legend.legend_handles:
         handle.set_alpha(1)
     save(figure, path, note)

@@ -145,14 +145,17 @@ def test_the_scatter_shows_every_class_at_its_codes_in_its_own_colour(tmp_path, 
     codes = torch.stack([classes, -classes], dim=1) + 0.1 * torch.rand(300, 2)
     model.encode = lambda x: x  # a code and no logvar, as an autoencoder's
     loader = list(zip(codes.split(150), classes.split(150)))
-    names = [f"name {c}" for c in range(10)]
+    names = [f"a long name {c}" for c in range(10)]
     viz.visualize_latent_space_2d(model, loader, "cpu", tmp_path / "s.png", names)
-    (axes,) = saved[0].axes
+    (axes,), (legend,) = saved[0].axes, saved[0].legends
     for c, points in enumerate(axes.collections):
         np.testing.assert_allclose(points.get_offsets(), codes[classes == c], rtol=1e-6)
         assert points.get_label() == names[c]
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == names
+    assert [text.get_text() for text in legend.get_texts()] == names
     assert len({tuple(points.get_facecolor()[0]) for points in axes.collections}) == 10
+    beside, inside = legend.get_window_extent(), axes.get_window_extent()
+    left, width = axes.get_tightbbox().x0, saved[0].bbox.width
+    assert 0 <= left < inside.x1 <= beside.x0 < beside.x1 <= width  # nothing is cut off
     prior = torch.randn(100_000, 2).norm(dim=1)
     shares = [(prior < circle.radius).double().mean().item() for circle in axes.patches]
     assert shares == pytest.approx([0.5, 0.95], abs=0.01)

@@ -183,10 +183,10 @@ def load_idx(name: str, root: Path) -> tuple[Split, Split]:
         paths = [find_idx(folder, stem) for stem in IDX_FILES]
         if any(paths):
             break
-    there = list(filter(None, paths))
-    if len(there) < 4 and not all(checksum(path.read_bytes()) in sums for path in there):
-        raise UserError(f"{folder}: has only {len(there)} of {', '.join(IDX_FILES)}: add the rest")
-    folder = folder if there else root / name
+    missing = [stem for stem, path in zip(IDX_FILES, paths) if not path]
+    if missing and not all(checksum(path.read_bytes()) in sums for path in paths if path):
+        raise UserError(f"{folder}: lacks {', '.join(missing)}: add what is of the same set")
+    folder = folder if any(paths) else root / name
     paths = [path or fetch(name, stem, folder) for path, stem in zip(paths, IDX_FILES)]
     return read_split(name, *paths[:2]), read_split(name, *paths[2:])
 
@@ -218,7 +218,7 @@ def fetch(name: str, stem: str, folder: Path) -> Path:
             reasons.append(f"{mirror.split('/')[2]}: {getattr(error, 'reason', error)}")
     raise DataUnavailable(
         f"{name}: {path} is missing and cannot be downloaded ({'; '.join(reasons)}). "
-        f"Put the four .gz files into {folder}, or train on --dataset digits")
+        f"Put the four .gz files there, name another --data-dir, or train on --dataset digits")
 
 
 def read_split(name: str, images_path: Path, labels_path: Path) -> Split:
@@ -265,6 +265,8 @@ def load_folder(folder: Path) -> tuple[Split, Split]:
     """The pictures in a folder, however deep: their centre squares, 64 x 64 in colour. About a
     tenth is for testing, by their names, so none changes sides when another one is added. (Of a
     few, by chance none may be: then one is taken.)"""
+    if not folder.is_dir():
+        raise UserError(f"dataset {folder}: is no folder, nor {', '.join(DATASETS)}")
     pictures = Pictures(folder, folder, PICTURE, crop=1.0, strict=False)
     if (n := len(pictures.names)) < 20:
         raise UserError(f"{folder}: has {n} pictures (jpg, jpeg, png, bmp or webp); 20 are needed")
@@ -286,8 +288,8 @@ def load_celeba(root: Path) -> tuple[Split, Split]:
     source = next(filter(Path.exists, sources), None)
     if source is None:
         raise DataUnavailable(
-            f"celeba: {sources[0]} is missing, and no script can download it. Fetch it, and into "
-            "the same folder list_eval_partition.txt and list_attr_celeba.txt, by hand from "
+            f"celeba: {sources[0]} (or the folder) is missing, and no script can download it. Put "
+            "it there, with list_eval_partition.txt and list_attr_celeba.txt, from "
             "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html, or train on --dataset faces")
     # The middle 148 of 178 columns, as is usual.
     pictures = Pictures(source, folder, CELEBA_PICTURE, crop=148 / 178, strict=True)
@@ -306,7 +308,7 @@ def read_list(folder: Path, stem: str, names: list[str], allowed: tuple) -> tupl
     the line before the first image, if any, and the values of these images, (columns, n)."""
     path = next(filter(Path.is_file, (folder / f"{stem}.txt", folder / f"{stem}.csv")), None)
     if path is None:
-        raise UserError(f"{folder / stem}.txt is missing: add it, or train on --dataset {folder}")
+        raise UserError(f"{folder / stem}.txt (or .csv, of Kaggle) is missing: put it there, too")
     text = path.read_text(encoding="utf-8-sig", errors="replace").replace(",", " ")
     rows = dict(CELEBA_LINE.findall(text))
     header = CELEBA_LINE.split(text, maxsplit=1)[0].strip().split("\n")[-1].split()
@@ -374,7 +376,7 @@ class Pictures:
             if self.strict:
                 raise UserError(f"{what}: fetch it again, or delete it") from error
             show_status("")
-            print(f"{what} and passed over")
+            print(f"{what} and passed over\n", end="")  # at once, for other threads print, too
             return b""
 
 

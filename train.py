@@ -243,8 +243,9 @@ def train_run(args: argparse.Namespace) -> tuple:
         name = shlex.quote(str(folder))
         raise KeyboardInterrupt(f"the same command with --out {name} --resume goes on") from None
     finally:
-        with contextlib.suppress(OSError):
-            folder.rmdir()  # if nothing has been saved in it
+        if RANK == 0:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # if nothing has been saved in it
     if PARALLEL:
         del trained  # what is left of DistributedDataParallel at the exit may abort there
         gc.collect()
@@ -376,15 +377,15 @@ def open_run(config: dict) -> tuple[Path, dict | None]:
             free.add("epochs")
         for key, value in config.items():
             if found.get(key) != value and key not in free:
-                raise UserError(f"{folder}: is a run with {key} {found.get(key)}, not {value}; ask "
-                                "for the same, or name another --out")
+                raise UserError(f"{folder}: is a run with {key} {found.get(key)}, not {value}: "
+                                "go on as it was begun, or name another --out")
         return folder, checkpoint
     try:
         folder.mkdir(parents=True, exist_ok=config["resume"])
     except FileExistsError:
         raise UserError(f"--out {folder}: is there already; --resume it, or name another") from None
     if found := [name for name in RUN_FILES if (folder / name).exists()]:
-        raise UserError(f"{folder}: has {found} but no run to go on with; name another --out")
+        raise UserError(f"{folder}: has {found} but no checkpoint.pt; name another --out")
     return folder, None
 
 
@@ -409,7 +410,7 @@ def load_run(folder: str | Path) -> tuple[nn.Module, dict]:
     history, model and optimizer. UserError if it is missing or damaged."""
     path = Path(folder).expanduser() / "checkpoint.pt"
     if not path.is_file():
-        raise UserError(f"{path} is missing: {folder} holds no trained run")
+        raise UserError(f"{path} is missing: name the folder of a run, such as runs/mnist-mlp")
     try:
         with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums in it
             if damaged := archive.testzip():
@@ -496,16 +497,13 @@ def parse_args(argv: Sequence[str], description: str = __doc__) -> argparse.Name
         parser.error("--resume needs --out DIR, the run to go on with")
     args.dataset = args.dataset or ("celeba" if args.model == "celeba" else "mnist")
     if args.dataset not in DATASETS:
-        folder = Path(args.dataset).expanduser().resolve()
-        if not folder.is_dir():
-            parser.error(f"--dataset {args.dataset}: is no folder, nor {', '.join(DATASETS)}")
-        args.dataset = str(folder)
+        args.dataset = str(Path(args.dataset).expanduser().resolve())
     small = {*DATASETS} - {"celeba", "faces"}  # 28 x 28 in grey; all others are 64 x 64 in colour
     args.model = args.model or ("mlp" if args.dataset in small else "celeba")
     for name in filter(None, (args.dataset, args.fallback)):
         if (name in small) == (args.model == "celeba"):
-            parser.error(f"--model {args.model} does not fit {name}: celeba, faces and pictures "
-                         "(64 x 64) are for --model celeba, the others (28 x 28) for the others")
+            parser.error(f"{name} does not fit --model {args.model}: celeba, faces and pictures "
+                         "(64 x 64, colour) need celeba, the others (28 x 28, grey) another model")
     sizes = inspect.signature(MODELS[args.model]).parameters
     args.latent_dim = args.latent_dim or sizes["latent_dim"].default
     if "hidden_dim" in sizes:

@@ -151,7 +151,7 @@ def test_a_missing_set_says_what_to_put_where(tmp_path):
         load(write_set(tmp_path / "another", {"1.png": b""}))
     folder = write_set(tmp_path, shades(1, 2))
     (folder / ATTRIBUTES).unlink()
-    with pytest.raises(UserError, match=f"{folder / ATTRIBUTES} is missing: .* --dataset {folder}"):
+    with pytest.raises(UserError, match=f"{folder / ATTRIBUTES} .or .csv.* is missing"):
         load(folder)
 
 

@@ -158,3 +158,11 @@ def test_bfloat16_is_for_the_networks_and_float32_for_the_losses(architecture):
     for parameter in model.parameters():
         assert parameter.dtype == parameter.grad.dtype == torch.float32
         assert parameter.grad.abs().sum() > 0
+
+
+def test_a_folder_that_is_still_empty_is_the_first_processs(tmp_path, mnist_root, monkeypatch):
+    """Another process ends its only epoch while the first one is about to save it."""
+    monkeypatch.setattr(train, "RANK", 1)
+    monkeypatch.setattr(train, "first_decides", lambda decide: decide())
+    train.main(["--epochs", "1", "--data-dir", str(mnist_root), "--out", str(tmp_path / "run")])
+    assert (tmp_path / "run").is_dir() and not list((tmp_path / "run").iterdir())

@@ -191,7 +191,7 @@ def test_a_run_is_entered_only_to_go_on_with_it_as_it_was(tmp_path, mnist_root):
     (folder / "checkpoint.pt").unlink()
     for name in ("config.json", "history.csv"):  # somebody else's
         (folder / name).write_text("mine")
-        assert_user_error(run_here(train.main, *common, "--resume"), str(folder), name, "no run")
+        assert_user_error(run_here(train.main, *common, "--resume"), str(folder), name, "no checkpoint")
         assert (folder / name).read_text() == "mine"
         (folder / name).rename(folder / f"my {name}")
     assert run_here(train.main, *common, "--resume").returncode == 0
@@ -301,7 +301,7 @@ def test_what_is_no_run_is_refused(tmp_path, mnist_root, monkeypatch):
         __reduce__ = lambda self: (exec, ("open('ran', 'w')",))  # noqa: E731
 
     monkeypatch.chdir(tmp_path)
-    assert_user_error(run_here(train.redraw), "runs holds no trained run")
+    assert_user_error(run_here(train.redraw), "name the folder of a run")
     assert_user_error(run_here(train.redraw, "nothing"), "nothing", "is missing")
     run_train("--hidden-dim", 20, "--out", "run", root=mnist_root)
     path = Path("run/checkpoint.pt")
@@ -341,7 +341,7 @@ def test_options_follow_each_other_and_are_explained():
     "--resume | --resume --out",
     "--model ae --beta 4 | ae --beta", "--model ae --kl-anneal 2 | ae --kl-anneal",
     "--model ae --recon bce | ae --recon mse", "--kl-anneal 3 --epochs 2 | --kl-anneal 3 epochs 2",
-    "--dataset cifar | --dataset cifar mnist", "--model conv --hidden-dim 200 | --hidden-dim conv",
+    "--dataset cifar --data-dir . | cifar folder mnist", "--model conv --hidden-dim 200 | --hidden-dim conv",
     "--model celeba --dataset mnist | celeba 64", "--model conv --dataset faces | conv faces",
     "--model celeba --fallback digits | celeba 64", "--batch-size 128 | 128 3 processes",
     "--device cuda | --device cuda 0", "--device cuda --batch-size 3 | cuda 2 process fewer",

@@ -191,7 +191,8 @@ def test_a_run_is_entered_only_to_go_on_with_it_as_it_was(tmp_path, mnist_root):
     (folder / "checkpoint.pt").unlink()
     for name in ("config.json", "history.csv"):  # somebody else's
         (folder / name).write_text("mine")
-        assert_user_error(run_here(train.main, *common, "--resume"), str(folder), name, "no checkpoint")
+        result = run_here(train.main, *common, "--resume")
+        assert_user_error(result, str(folder), name, "no checkpoint.pt")
         assert (folder / name).read_text() == "mine"
         (folder / name).rename(folder / f"my {name}")
     assert run_here(train.main, *common, "--resume").returncode == 0
@@ -341,7 +342,8 @@ def test_options_follow_each_other_and_are_explained():
     "--resume | --resume --out",
     "--model ae --beta 4 | ae --beta", "--model ae --kl-anneal 2 | ae --kl-anneal",
     "--model ae --recon bce | ae --recon mse", "--kl-anneal 3 --epochs 2 | --kl-anneal 3 epochs 2",
-    "--dataset cifar --data-dir . | cifar folder mnist", "--model conv --hidden-dim 200 | --hidden-dim conv",
+    "--dataset cifar --data-dir . | cifar folder mnist",
+    "--model conv --hidden-dim 200 | --hidden-dim conv",
     "--model celeba --dataset mnist | celeba 64", "--model conv --dataset faces | conv faces",
     "--model celeba --fallback digits | celeba 64", "--batch-size 128 | 128 3 processes",
     "--device cuda | --device cuda 0", "--device cuda --batch-size 3 | cuda 2 process fewer",

@@ -498,10 +498,10 @@ def parse_args(argv: Sequence[str], description: str = __doc__) -> argparse.Name
     args.dataset = args.dataset or ("celeba" if args.model == "celeba" else "mnist")
     if args.dataset not in DATASETS:
         args.dataset = str(Path(args.dataset).expanduser().resolve())
-    small = {*DATASETS} - {"celeba", "faces"}  # 28 x 28 in grey; all others are 64 x 64 in colour
-    args.model = args.model or ("mlp" if args.dataset in small else "celeba")
+    grey = {*DATASETS} - {"celeba", "faces"}  # 28 x 28; all others are 64 x 64, in colour
+    args.model = args.model or ("mlp" if args.dataset in grey else "celeba")
     for name in filter(None, (args.dataset, args.fallback)):
-        if (name in small) == (args.model == "celeba"):
+        if (name in grey) == (args.model == "celeba") and (name in DATASETS or os.path.isdir(name)):
             parser.error(f"{name} does not fit --model {args.model}: celeba, faces and pictures "
                          "(64 x 64, colour) need celeba, the others (28 x 28, grey) another model")
     sizes = inspect.signature(MODELS[args.model]).parameters

@@ -343,6 +343,7 @@ def test_options_follow_each_other_and_are_explained():
     "--model ae --beta 4 | ae --beta", "--model ae --kl-anneal 2 | ae --kl-anneal",
     "--model ae --recon bce | ae --recon mse", "--kl-anneal 3 --epochs 2 | --kl-anneal 3 epochs 2",
     "--dataset cifar --data-dir . | cifar folder mnist",
+    "--dataset cifar --data-dir . --model conv | cifar folder mnist",
     "--model conv --hidden-dim 200 | --hidden-dim conv",
     "--model celeba --dataset mnist | celeba 64", "--model conv --dataset faces | conv faces",
     "--model celeba --fallback digits | celeba 64", "--batch-size 128 | 128 3 processes",
